@@ -1,0 +1,160 @@
+"""QEMU's own migration, reduced to what only QEMU knows: the state of its devices.
+
+With the capability ``x-ignore-shared`` QEMU leaves out memory that is shared, and what remains is half a megabyte that
+goes over a unix socket. QEMU never listens on the network: its migration stream is the part of it that has had most
+security reports, and the streams between hosts are authenticated and encrypted by us.
+
+``pause-before-switchover`` gives the moment that a memory engine needs: the guest stopped, its devices drained, and
+nothing saved yet. Source: QEMU's docs/devel/migration and qapi/migration.json.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from outboard.errors import OutboardError
+from outboard.vmm.guest import Guest
+from outboard.vmm.monitor import Monitor
+
+_CAPABILITIES = ("events", "x-ignore-shared", "pause-before-switchover")
+_UNLIMITED = 1 << 40
+_CHUNK = 256 * 1024
+
+
+def _set_capabilities(monitor: Monitor, names: tuple[str, ...], state: bool) -> None:
+    monitor.execute("migrate-set-capabilities", capabilities=[{"capability": name, "state": state} for name in names])
+
+
+def _wait_status(monitor: Monitor, wanted: str, timeout: float) -> None:
+    """Wait for the MIGRATION event of status ``wanted``.
+
+    :raise OutboardError: QEMU's migration ended otherwise.
+    """
+    while True:
+        status = monitor.wait_event({"MIGRATION"}, timeout)["data"]["status"]
+        if status == wanted:
+            return
+        if status in ("failed", "cancelled", "completed"):
+            answer = monitor.execute("query-migrate")
+            why = answer.get("error-desc", status) if isinstance(answer, dict) else status
+            raise OutboardError(f"QEMU could not move its device state: waited for {wanted}, got {why}")
+
+
+def _runs(monitor: Monitor) -> bool:
+    answer = monitor.execute("query-status")
+    return isinstance(answer, dict) and bool(answer.get("running"))
+
+
+class Departure:
+    """Device state on its way out of the source's QEMU.
+
+    :param directory: where the unix socket is made; readable by root alone.
+
+    Synchronization: :meth:`forward` runs in a thread of its own; all else in the one that owns the monitor.
+    """
+
+    def __init__(self, guest: Guest, directory: Path) -> None:
+        self._guest = guest
+        self._path = directory / f"departure-{secrets.token_hex(4)}.sock"
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(os.fspath(self._path))
+        self._path.chmod(0o600)
+        self._listener.listen(1)
+        self._started = False
+        _set_capabilities(guest.monitor, _CAPABILITIES, True)
+        guest.monitor.execute("migrate-set-parameters", **{"max-bandwidth": _UNLIMITED, "downtime-limit": 2000})
+
+    def begin_pause(self) -> None:
+        """Have QEMU stop the guest and hold before it saves anything."""
+        self._started = True
+        self._guest.monitor.execute("migrate", uri=f"unix:{self._path}")
+
+    def wait_paused(self, timeout: float) -> float:
+        """Wait until the guest has stopped and its devices are drained.
+
+        :return: when it stopped, in seconds of the wall clock as QEMU read it.
+        """
+        stop = self._guest.monitor.wait_event({"STOP"}, timeout)
+        _wait_status(self._guest.monitor, "pre-switchover", timeout)
+        moment = stop["timestamp"]
+        return float(moment["seconds"] + moment["microseconds"] / 1e6)
+
+    def save(self) -> None:
+        """Let QEMU go on to save its devices."""
+        self._guest.monitor.execute("migrate-continue", state="pre-switchover")
+
+    def forward(self, send: Callable[[memoryview], None]) -> None:
+        """Hand the stream on until QEMU closes it; an empty view is its end."""
+        self._listener.settimeout(30)
+        stream, _ = self._listener.accept()
+        buffer = bytearray(_CHUNK)
+        with stream:
+            while size := stream.recv_into(buffer):
+                send(memoryview(buffer)[:size])
+        send(memoryview(b""))
+
+    def undo(self, timeout: float = 10.0) -> None:
+        """Take everything back: the guest runs at the source as before.
+
+        :raise UnreachableError: the VMM has ended.
+        """
+        monitor = self._guest.monitor
+        if self._started:
+            monitor.execute("migrate_cancel")
+            answer = monitor.execute("query-migrate")
+            while isinstance(answer, dict) and answer.get("status") in ("cancelling", "pre-switchover", "device"):
+                monitor.wait_event({"MIGRATION"}, timeout)
+                answer = monitor.execute("query-migrate")
+            # Cancelled before it had completed, QEMU runs the guest by itself; afterwards it waits for us.
+            if not _runs(monitor):
+                monitor.execute("cont")
+        _set_capabilities(monitor, _CAPABILITIES, False)
+
+    def close(self) -> None:
+        """Remove the socket. Idempotent."""
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+
+class Arrival:
+    """Device state on its way into a QEMU that was started with ``-incoming defer``."""
+
+    def __init__(self, guest: Guest, directory: Path) -> None:
+        self._guest = guest
+        path = directory / f"arrival-{secrets.token_hex(4)}.sock"
+        monitor = guest.monitor
+        # In this state `stop` means: do not run when the state has been taken, but wait for `cont`.
+        monitor.execute("stop")
+        _set_capabilities(monitor, ("events", "x-ignore-shared"), True)
+        monitor.execute("migrate-incoming", uri=f"unix:{path}")
+        self._stream = socket.socket(socket.AF_UNIX)
+        self._stream.connect(os.fspath(path))
+        path.unlink(missing_ok=True)
+
+    def feed(self, data: memoryview) -> None:
+        """Hand QEMU the next part of the stream."""
+        self._stream.sendall(data)
+
+    def finish(self, timeout: float) -> None:
+        """Say that the stream is complete, and wait until QEMU has taken it."""
+        self._stream.close()
+        _wait_status(self._guest.monitor, "completed", timeout)
+
+    def resume(self, timeout: float) -> None:
+        """Let the guest run."""
+        self._guest.monitor.execute("cont")
+        self._guest.monitor.wait_event({"RESUME"}, timeout)
+
+    def announce(self) -> None:
+        """Have each network device of the guest announce its address, five times within half a second."""
+        monitor = self._guest.monitor
+        monitor.execute("announce-self", initial=50, max=200, rounds=5, step=50)
+        _set_capabilities(monitor, ("events", "x-ignore-shared"), False)
+
+    def close(self) -> None:
+        """Close the stream. Idempotent."""
+        self._stream.close()

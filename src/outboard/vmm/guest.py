@@ -1,0 +1,196 @@
+"""A guest: its memory as QEMU laid it out, its vCPUs, and a way to read pages without mapping them.
+
+Pages are numbered densely over the regions in guest-physical order, in units of 4 KiB; the hole below 4 GiB takes no
+numbers. Both ends of a migration number the same pages, while addresses and files differ.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.errors import KernelError, OutboardError
+from outboard.linux import fallocate, proc
+from outboard.linux.proc import Mapping
+from outboard.pages import PAGE_SIZE
+from outboard.pages.pageset import PageSet
+from outboard.vmm.monitor import Monitor
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A piece of memory that is contiguous for the guest, in QEMU's address space and in its file.
+
+    ``first``, ``pages`` in pages; ``gpa``, ``hva``, ``offset`` (in the file), ``page_size`` in bytes. ``mapping`` is
+    the kernel's name for the file: the mapping of QEMU's that holds it.
+    """
+
+    first: int
+    pages: int
+    gpa: int
+    hva: int
+    offset: int
+    page_size: int
+    memdev: str
+    mapping: Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class VCpu:
+    """A virtual processor and the thread that runs it."""
+
+    index: int
+    tid: int
+
+
+class GuestMemory:
+    """The content of a guest's pages, through its files.
+
+    No page is ever mapped here: a mapping would allocate what is absent, and keep the kernel from zapping what is not.
+
+    Synchronization: reads and writes at a position (pread, pwrite): any thread, any forked process.
+    """
+
+    def __init__(self, pid: int, regions: tuple[Region, ...]) -> None:
+        self._regions = regions
+        files: dict[tuple[int, int], int] = {}
+        self._fds: list[int] = []
+        try:
+            for region in regions:
+                key = (region.mapping.start, region.mapping.end)
+                if key not in files:
+                    files[key] = proc.open_mapping(pid, region.mapping)
+                self._fds.append(files[key])
+        except KernelError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Idempotent."""
+        for fd in set(self._fds):
+            os.close(fd)
+        self._fds = []
+
+    def _pieces(self, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """Split a run at region edges: descriptor, byte offset in the file, first page, pages."""
+        for region, fd in zip(self._regions, self._fds, strict=True):
+            low = max(first, region.first)
+            high = min(first + count, region.first + region.pages)
+            if low < high:
+                yield fd, region.offset + (low - region.first) * PAGE_SIZE, low, high - low
+
+    def read_into(self, first: int, buffer: memoryview) -> None:
+        """Read whole pages from page ``first`` on; absent ones read as zeros.
+
+        :raise KernelError: the read failed, or came short.
+        """
+        for fd, offset, low, pages in self._pieces(first, len(buffer) // PAGE_SIZE):
+            at = (low - first) * PAGE_SIZE
+            size = pages * PAGE_SIZE
+            if os.preadv(fd, [buffer[at : at + size]], offset) != size:
+                raise KernelError(f"read of {pages} pages from page {low} of the guest's file", 5)
+
+    def write(self, first: int, data: memoryview) -> None:
+        """Write whole pages from page ``first`` on.
+
+        :raise KernelError: the write came short.
+        """
+        for fd, offset, low, pages in self._pieces(first, len(data) // PAGE_SIZE):
+            at = (low - first) * PAGE_SIZE
+            size = pages * PAGE_SIZE
+            if os.pwrite(fd, data[at : at + size], offset) != size:
+                raise KernelError(f"write of {pages} pages at page {low} of the guest's file", 5)
+
+    def punch(self, first: int, count: int) -> None:
+        """Free the memory behind a run; it reads as zeros and is unmapped from QEMU."""
+        for fd, offset, _, pages in self._pieces(first, count):
+            fallocate.punch(fd, offset, pages * PAGE_SIZE)
+
+    def populated(self) -> PageSet:
+        """The pages that have memory; all others have never been written and read as zeros. Source: lseek(2)."""
+        last = self._regions[-1]
+        found = PageSet(last.first + last.pages)
+        for region, fd in zip(self._regions, self._fds, strict=True):
+            at, end = region.offset, region.offset + region.pages * PAGE_SIZE
+            runs = []
+            while at < end:
+                try:
+                    data = os.lseek(fd, at, os.SEEK_DATA)
+                except OSError:
+                    # ENXIO: nothing but a hole up to the end of the file.
+                    break
+                hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+                if data >= end:
+                    break
+                first = region.first + (data - region.offset) // PAGE_SIZE
+                runs.append((first, region.first + -(-(hole - region.offset) // PAGE_SIZE) - first))
+                at = hole
+            if runs:
+                found.add(np.array(runs, dtype=np.int64))
+        return found
+
+
+class Guest:
+    """An attached VM.
+
+    Made by :func:`outboard.vmm.attach.attach`. Nothing of the VM changes by attaching to it, nor by closing.
+
+    Synchronization: one thread, the monitor's; ``memory`` and what is frozen may be used by forked workers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pid: int,
+        regions: tuple[Region, ...],
+        vcpus: tuple[VCpu, ...],
+        monitor: Monitor,
+        agent_path: Path | None,
+    ) -> None:
+        self.name = name
+        self.pid = pid
+        self.regions = regions
+        self.vcpus = vcpus
+        self.monitor = monitor
+        self.agent_path = agent_path
+        self.pages = regions[-1].first + regions[-1].pages
+        self.memory = GuestMemory(pid, regions)
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+        self.monitor.close()
+        self.memory.close()
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def pages_of_pfns(self, pfns: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The page number of each guest page frame number; -1 where QEMU has no memory."""
+        found: NDArray[np.int64] = np.full(pfns.shape, -1, dtype=np.int64)
+        signed = pfns.astype(np.int64)
+        for region in self.regions:
+            inside = signed - region.gpa // PAGE_SIZE
+            here = (inside >= 0) & (inside < region.pages)
+            found[here] = inside[here] + region.first
+        return found
+
+    def emulator_thread(self) -> int:
+        """A thread that runs no vCPU, to stop for an instant: QEMU's main loop.
+
+        :raise OutboardError: every thread is a vCPU's, which no QEMU is.
+        """
+        busy = {vcpu.tid for vcpu in self.vcpus}
+        if self.pid not in busy:
+            return self.pid
+        for thread in proc.threads(self.pid):
+            if thread.tid not in busy:
+                return thread.tid
+        raise OutboardError(f"{self.name}: process {self.pid} has no thread but its vCPUs'")
