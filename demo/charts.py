@@ -113,8 +113,9 @@ def _axes(scale: Scale) -> list[str]:
         if second % step == 0:
             x = scale.x(second)
             label = "command" if second == 0 else f"{second:+d} s"
+            anchor = "end" if x > WIDTH - _RIGHT - 14 else "middle"
             parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 16}" text-anchor="middle">{label}</text>')
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{label}</text>')
     return parts
 
 
@@ -124,29 +125,26 @@ def _upright(x: float, style: str) -> str:
 
 def _marks(run: Run, scale: Scale) -> list[str]:
     outcome = run.outcome
-    end = outcome.total_s if outcome.total_s is not None else outcome.watched_s
-    begin, edge = scale.x(0), scale.x(min(end, scale.seconds))
-    busy = f'<rect class="busy" x="{begin:.1f}" y="{_TOP}" width="{edge - begin:.1f}" height="{_BASE - _TOP}"/>'
-    parts = [busy, _upright(begin, "command")]
-    marks: list[tuple[float, str, str]] = []
+    begin, edge = scale.x(0), scale.x(min(outcome.during_s, scale.seconds))
+    parts = [f'<rect class="busy" x="{begin:.1f}" y="{_TOP}" width="{edge - begin:.1f}" height="{_BASE - _TOP}"/>']
+    parts.append(_upright(begin, "command"))
+    ended = "given up after" if outcome.total_s is None else "source free after"
+    marks = [(outcome.during_s, f"{ended} {outcome.during_s:.1f} s", "end")]
     if outcome.time_to_resume_s is not None:
-        marks.append((outcome.time_to_resume_s, f"resumed {outcome.time_to_resume_s:.2f} s", "resume"))
-    if outcome.total_s is not None:
-        marks.append((outcome.total_s, f"source free {outcome.total_s:.1f} s", "end"))
-    else:
-        marks.append((end, f"given up after {end:.0f} s", "end"))
-    taken = 0.0
-    for second, label, style in marks:
-        x = scale.x(min(second, scale.seconds))
-        place, width = max(x, taken + 10), 6.3 * len(label)  # labels of near moments stand side by side
-        taken = place + width
-        anchor = "start"
-        if taken > WIDTH - _RIGHT:
-            place, anchor = x - 4, "end"
-        parts.append(_upright(x, style))
-        parts.append(
-            f'<text class="mark" x="{place:.1f}" y="{_TOP - 10}" text-anchor="{anchor}">{escape(label)}</text>'
-        )
+        marks.insert(0, (outcome.time_to_resume_s, f"resumed after {outcome.time_to_resume_s:.2f} s", "resume"))
+    # Labels of near moments stand side by side, and the last one ends at the right edge at the latest.
+    widths = [6.6 * len(label) + 12 for _, label, _ in marks]
+    places = [scale.x(second) + 1 for second, _, _ in marks]
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] + widths[index - 1])
+    limit = float(WIDTH)
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], limit - widths[index])
+        limit = places[index]
+    for place, (second, label, style) in zip(places, marks, strict=True):
+        if second <= scale.seconds:
+            parts.append(_upright(scale.x(second), style))
+        parts.append(f'<text class="mark" x="{place:.1f}" y="{_TOP - 10}">{escape(label)}</text>')
     return parts
 
 

@@ -60,6 +60,11 @@ class Outcome(msgspec.Struct, kw_only=True):
     note: str = ""
 
     @property
+    def during_s(self) -> float:
+        """From the command to the end, or to the moment when it was given up."""
+        return self.watched_s if self.total_s is None else self.total_s
+
+    @property
     def blackout_ms(self) -> float | None:
         """STOP at the source to RESUME at the destination."""
         if self.time_to_stop_s is None or self.time_to_resume_s is None:
@@ -96,6 +101,7 @@ class Run(msgspec.Struct, kw_only=True):
     arm: str
     churned: bool
     shape: str
+    accelerator: str
     outcome: Outcome
     traffic: Traffic
     link: LinkUse

@@ -50,6 +50,8 @@ SHAPES = {
     "unlimited": None,
 }
 """What tc-tbf(8) is told at each end of the link, by the name that the command line knows."""
+LINK_BYTES_PER_S = {"1gbit": 125e6, "10gbit": 1250e6}
+"""What a shaped link carries; an unshaped one has no such figure."""
 
 
 class TestbedError(Exception):

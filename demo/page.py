@@ -10,9 +10,11 @@ from string import Template
 from .charts import chart, scale_of
 from .document import Arm, Document
 from .figures import AFTER_S, BEFORE_S, SETTLE_S, Run
+from .hosts import LINK_BYTES_PER_S
 from .words import COLUMNS, extremes, median, percent
 
-LINK_BYTES_PER_S = {"1gbit": 125e6, "10gbit": 1250e6}
+_WIDEST_S = 40.0
+"""Seconds after the command that the charts reach at most; what is longer is cut."""
 
 PAGE = Template(Path(__file__).with_name("page.html").read_text())
 
@@ -52,7 +54,8 @@ def _table(document: Document) -> str:
         for figure, _, _, write in COLUMNS:
             between = extremes(arm, figure, write)
             small = f"<small>{between}</small>" if between else ""
-            cells.append(f"<td>{median(arm, figure, write)}{small}</td>")
+            style = ' class="never"' if figure == "total_s" and not arm.converged else ""
+            cells.append(f"<td{style}>{median(arm, figure, write)}{small}</td>")
         verdict = '<td class="yes">yes</td>' if arm.verified else '<td class="no">NO</td>'
         style = ' class="ours"' if arm.arm.startswith("outboard-") else ""
         rows.append(f"<tr{style}><td>{escape(arm.name)}</td>{''.join(cells)}{verdict}</tr>")
@@ -61,14 +64,14 @@ def _table(document: Document) -> str:
 
 def _typical(runs: list[Run]) -> Run:
     """The run whose total time is the median's; drawn for its arm."""
-    times = [run.outcome.total_s if run.outcome.total_s is not None else run.outcome.watched_s for run in runs]
+    times = [run.outcome.during_s for run in runs]
     middle = statistics.median_low(times)
     return runs[times.index(middle)]
 
 
 def _charts(document: Document, evicted: str) -> str:
     drawn = [(arm, _typical(document.runs_of(arm))) for arm in document.arms]
-    seconds = max(min(run.outcome.watched_s, document.settings.window_s) for _, run in drawn)
+    seconds = max(min(run.outcome.during_s + AFTER_S, _WIDEST_S) for _, run in drawn)
     scale = scale_of([run for _, run in drawn], seconds, LINK_BYTES_PER_S.get(document.settings.shape))
     parts = []
     for arm, run in drawn:

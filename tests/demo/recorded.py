@@ -57,6 +57,7 @@ def run(arm: str, total_s: float | None, resume_s: float | None, *, churned: boo
         arm=arm,
         churned=churned,
         shape="1gbit",
+        accelerator="TCG",
         outcome=outcome,
         traffic=seen,
         link=link,
