@@ -1,0 +1,1 @@
+"""What tests share: named skips, and small C programs whose memory we work on."""

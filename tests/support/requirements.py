@@ -1,0 +1,38 @@
+"""Named skips. ``OUTBOARD_REQUIRE=all`` turns every one of them into a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from outboard.linux.pagemap import has_pagemap_scan, has_soft_dirty
+from outboard.linux.userfaultfd import Features, available_features
+
+
+def _kernel(feature: Features) -> Callable[[], bool]:
+    return lambda: feature in available_features()
+
+
+_CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
+    "pagemap-scan": (has_pagemap_scan, "the kernel has no PAGEMAP_SCAN (Linux 6.7)"),
+    "poison": (_kernel(Features.POISON), "the kernel has no UFFDIO_POISON (Linux 6.6)"),
+    "qemu": (lambda: shutil.which("qemu-system-x86_64") is not None, "qemu-system-x86_64 is not installed"),
+    "root": (lambda: os.geteuid() == 0, "needs root"),
+    "rwp": (_kernel(Features.RWP), "the kernel has no UFFD_FEATURE_RWP"),
+    "soft-dirty": (has_soft_dirty, "the kernel has no soft-dirty pages (CONFIG_MEM_SOFT_DIRTY)"),
+    "wp-async": (_kernel(Features.WP_ASYNC), "the kernel has no UFFD_FEATURE_WP_ASYNC (Linux 6.7)"),
+}
+
+
+def require(*names: str) -> None:
+    """Skip the running test by name when the machine lacks one of ``names``."""
+    for name in names:
+        present, reason = _CHECKS[name]
+        if not present():
+            words = f"{name}: {reason}"
+            if os.environ.get("OUTBOARD_REQUIRE") == "all":
+                pytest.fail(words)
+            pytest.skip(words)
