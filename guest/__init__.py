@@ -1,0 +1,1 @@
+"""How the small Debian guest that tests, bench and demo run is built."""
