@@ -27,7 +27,7 @@ def test_every_pair_moves_or_refuses(state: State, event: Event) -> None:
 
 def test_every_state_knows_where_the_vm_is_and_is_reachable() -> None:
     assert set(SAFE_AT) == set(State)
-    assert {target for target in TRANSITIONS.values()} | {State.NEW} == set(State)
+    assert set(TRANSITIONS.values()) | {State.NEW} == set(State)
 
 
 def test_final_states_are_those_without_a_way_out() -> None:

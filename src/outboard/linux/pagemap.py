@@ -1,8 +1,8 @@
 """/proc/PID/pagemap and its ioctl PAGEMAP_SCAN, Documentation/admin-guide/mm/pagemap.rst, <linux/fs.h>.
 
-PAGEMAP_SCAN (Linux 6.7) walks page tables and reports ranges by category; with PM_SCAN_WP_MATCHING it write-protects in
-the same walk what it reports. Linux 6.18 leaves ``walk_end`` stale when a call fills more than 512 ranges, so a scan goes
-on from the end of the last range that it got, and is over when a call returned fewer than it had room for.
+PAGEMAP_SCAN (Linux 6.7) walks page tables and reports ranges by category; with PM_SCAN_WP_MATCHING it write-protects
+in the same walk what it reports. Linux 6.18 leaves ``walk_end`` stale when a call fills more than 512 ranges, so a scan
+goes on from the end of the last range that it got, and is over when a call returned fewer than it had room for.
 """
 
 from __future__ import annotations

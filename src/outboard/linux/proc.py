@@ -94,7 +94,7 @@ def threads(pid: int) -> list[Thread]:
     :raise KernelError: it has ended.
     """
     try:
-        numbers = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+        numbers = sorted(int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir())
     except OSError as error:
         raise KernelError(f"read of /proc/{pid}/task", error.errno or 0) from error
     found = []
@@ -146,13 +146,13 @@ def descriptors(pid: int) -> dict[int, str]:
     :raise KernelError: it has ended; EACCES.
     """
     try:
-        numbers = os.listdir(f"/proc/{pid}/fd")
+        entries = list(Path(f"/proc/{pid}/fd").iterdir())
     except OSError as error:
         raise KernelError(f"read of /proc/{pid}/fd", error.errno or 0) from error
     found = {}
-    for number in numbers:
+    for entry in entries:
         try:
-            found[int(number)] = os.readlink(f"/proc/{pid}/fd/{number}")
+            found[int(entry.name)] = str(entry.readlink())
         except OSError:
             continue
     return found

@@ -1,7 +1,7 @@
 """ptrace(2): system calls made by another process, one thread of it stopped for microseconds.
 
-The thread is seized, not attached, so that it gets no signal; it is put at a ``syscall`` instruction that is mapped in it
-anyway (libc, the vdso), stepped over it, and put back exactly. Signals that come meanwhile are delivered to it
+The thread is seized, not attached, so that it gets no signal; it is put at a ``syscall`` instruction that is mapped in
+it anyway (libc, the vdso), stepped over it, and put back exactly. Signals that come meanwhile are delivered to it
 afterwards. For thousands of calls a stub is written into the target once, which makes them all in one stop.
 
 Choose a thread that may wait a little: never a vCPU.
@@ -44,41 +44,16 @@ libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_
 _SYSCALL = b"\x0f\x05"
 
 
+_REGISTERS = (
+    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
+    *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
+)
+
+
 class user_regs_struct(ctypes.Structure):
     """<sys/user.h>, x86-64."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_ulonglong)
-        for name in [
-            "r15",
-            "r14",
-            "r13",
-            "r12",
-            "rbp",
-            "rbx",
-            "r11",
-            "r10",
-            "r9",
-            "r8",
-            "rax",
-            "rcx",
-            "rdx",
-            "rsi",
-            "rdi",
-            "orig_rax",
-            "rip",
-            "cs",
-            "eflags",
-            "rsp",
-            "ss",
-            "fs_base",
-            "gs_base",
-            "ds",
-            "es",
-            "fs",
-            "gs",
-        ]
-    )
+    _fields_ = tuple((name, ctypes.c_ulonglong) for name in _REGISTERS)
 
 
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")

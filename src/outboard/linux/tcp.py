@@ -25,6 +25,7 @@ class TcpInfo:
     min_rtt_us: int
     delivery_rate: int
     app_limited: bool
+    acknowledged_bytes: int
     unsent_bytes: int
     retransmits: int
 
@@ -39,6 +40,7 @@ def tcp_info(connection: socket.socket) -> TcpInfo:
         min_rtt_us=tail[7],
         delivery_rate=tail[10],
         app_limited=bool(head[7] & 1),
+        acknowledged_bytes=tail[2],
         unsent_bytes=tail[6],
         retransmits=head[8 + 23],
     )

@@ -1,1 +1,1 @@
-"""Moving a running VM to another host: pre-copy, post-copy, hybrid and enlightened post-copy over one machine of states."""
+"""Moving a running VM to another host: four methods over one machine of states."""

@@ -1,0 +1,256 @@
+"""The agent: one process a host, which starts engines and answers for them.
+
+It listens twice. Other hosts reach it over mutual TLS on the peer port, where the one thing they can ask is to prepare
+for a migration. The people of this host reach it over HTTP on a unix socket (``agent.sock``, mode 0660).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import secrets
+import socket
+import threading
+from collections.abc import AsyncIterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+import structlog
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from outboard.agent.config import AgentConfig, socket_path, state_dir
+from outboard.agent.engine import Depart, Ended, Ready, Receive, Refused, run_engine
+from outboard.agent.history import History
+from outboard.agent.migrations import Migrations, Running
+from outboard.errors import OutboardError, RefusedError, UnreachableError, UsageError
+from outboard.migrate import messages
+from outboard.migrate.method import Options
+from outboard.migrate.report import Summary
+from outboard.vmm.registry import Registry
+from outboard.wire.channel import Channel
+from outboard.wire.tls import Listener
+
+_PREPARE_S = 30.0
+
+log = structlog.get_logger()
+
+
+class MigrateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /v1/migrations."""
+
+    vm: str
+    host: str
+    options: Options = Options()
+
+
+class LimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of PATCH /v1/migrations/ID: bytes/s, null is unlimited."""
+
+    max_bandwidth: int | None
+
+
+class Agent:
+    """The daemon.
+
+    :param config: this host's.
+    :param identity: the directory of its TLS identity.
+
+    Synchronization: the event loop of :meth:`serve`; the peer port's threads hand over to it.
+    """
+
+    def __init__(self, config: AgentConfig, identity: Path, registry: Registry) -> None:
+        self._config = config
+        self._identity = identity
+        self._registry = registry
+        self._migrations = Migrations()
+        self._history = History(state_dir() / "history.db")
+        self._engines = multiprocessing.get_context("forkserver")
+        self._engines.set_forkserver_preload(["outboard.agent.engine"])
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _start_engine(self, task: Depart | Receive) -> Connection:
+        ours, theirs = self._engines.Pipe()
+        engine = self._engines.Process(
+            target=run_engine,
+            args=(msgspec.json.encode(task), theirs, os.fspath(self._registry.root), os.fspath(self._identity)),
+        )
+        engine.start()
+        theirs.close()
+        # Reaped when it ends; the agent does not wait for it.
+        threading.Thread(target=engine.join, daemon=True).start()
+        return ours
+
+    def depart(self, request: MigrateRequest) -> Running:
+        """Begin a migration.
+
+        :raise NotFoundError: no such VM or host.
+        :raise RefusedError: ``migrating``: that VM is already on its way.
+        """
+        target = self._config.find(request.host)
+        record = self._registry.get(request.vm)
+        if any(running.vm == record.name for running in self._migrations.active()):
+            raise RefusedError("migrating", f"{record.name} is being migrated; follow it with outboard migrations")
+        migration = secrets.token_hex(8)
+        task = Depart(
+            migration=migration,
+            vm=record.name,
+            source=self._config.name,
+            destination=target,
+            options=request.options,
+        )
+        log.info("migration begins", migration=migration, vm=record.name, host=target.name)
+        running = self._migrations.add(migration, record.name, self._start_engine(task))
+        self._follow(running)
+        return running
+
+    def _follow(self, running: Running) -> None:
+        async def keep() -> None:
+            async for report in running.reports():
+                kind = msgspec.json.decode(report)
+                if kind.get("schema", "").startswith("outboard.migration.summary"):
+                    self._history.keep(msgspec.json.decode(report, type=Summary))
+                    log.info("migration ends", migration=running.migration, state=kind["state"], error=kind["error"])
+
+        task = asyncio.create_task(keep())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _receive(self, channel: Channel) -> None:
+        """Answer one call on the peer port; in a thread of its own."""
+        with contextlib.closing(channel):
+            try:
+                prepare = messages.expect(channel.receive(_PREPARE_S).payload, messages.Prepare)
+                channel.send_message(messages.encode(self._prepare(prepare, channel.peer_name)))
+            except OutboardError as error:
+                log.warning("refused a peer", peer=channel.peer_name, why=str(error))
+                with contextlib.suppress(OutboardError, OSError):
+                    channel.send_message(messages.encode(messages.Failed(why=str(error))))
+
+    def _prepare(self, prepare: messages.Prepare, source: str) -> messages.Prepared:
+        log.info("a VM is coming", migration=prepare.migration, vm=prepare.vm, source=source)
+        pipe = self._start_engine(
+            Receive(source=source, listen=self._config.listen, ports=self._config.migration_ports, prepare=prepare)
+        )
+        if not pipe.poll(_PREPARE_S):
+            pipe.close()
+            raise UnreachableError(f"no engine was ready for {prepare.vm} in {_PREPARE_S:.0f} s")
+        answer: Ready | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Ready | Refused)
+        if isinstance(answer, Refused):
+            pipe.close()
+            raise OutboardError(answer.why)
+        threading.Thread(target=self._await_end, args=(prepare, pipe), daemon=True).start()
+        return messages.Prepared(port=answer.port, tokens=answer.tokens)
+
+    def _await_end(self, prepare: messages.Prepare, pipe: Connection) -> None:
+        try:
+            ended: Ended | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Ended | Refused)
+            log.info("an incoming migration ends", migration=prepare.migration, vm=prepare.vm, error=ended.why)
+        except (EOFError, OSError):
+            log.error("an incoming engine died", migration=prepare.migration, vm=prepare.vm)
+        finally:
+            pipe.close()
+
+    def _listen(self, listener: Listener) -> None:
+        while True:
+            try:
+                channel = listener.accept(None)
+            except OSError:
+                return
+            except OutboardError as error:
+                log.warning("refused a caller", why=str(error))
+                continue
+            threading.Thread(target=self._receive, args=(channel,), daemon=True).start()
+
+    async def _post(self, request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=MigrateRequest)
+        except msgspec.DecodeError as error:
+            raise UsageError(f"POST /v1/migrations: {error}") from error
+        running = self.depart(wanted)
+        return JSONResponse({"migration": running.migration}, status_code=202)
+
+    async def _get_reports(self, request: Request) -> Response:
+        running = self._migrations.find(request.path_params["name"])
+
+        async def lines() -> AsyncIterator[bytes]:
+            async for report in running.reports():
+                yield report + b"\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    async def _patch(self, request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=LimitRequest)
+        except msgspec.DecodeError as error:
+            raise UsageError(f"PATCH /v1/migrations: {error}") from error
+        self._migrations.limit(request.path_params["name"], wanted.max_bandwidth)
+        return JSONResponse({})
+
+    async def _cancel(self, request: Request) -> Response:
+        self._migrations.cancel(request.path_params["name"])
+        return JSONResponse({}, status_code=202)
+
+    async def _get_migrations(self, _: Request) -> Response:
+        return JSONResponse([{"migration": one.migration, "vm": one.vm} for one in self._migrations.active()])
+
+    def _app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/v1/migrations", self._get_migrations, methods=["GET"]),
+                Route("/v1/migrations", self._post, methods=["POST"]),
+                Route("/v1/migrations/{name}", self._patch, methods=["PATCH"]),
+                Route("/v1/migrations/{name}/reports", self._get_reports, methods=["GET"]),
+                Route("/v1/migrations/{name}/cancel", self._cancel, methods=["POST"]),
+            ],
+            exception_handlers={OutboardError: _explain},
+        )
+
+    def serve(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Migrations go on: an engine does not need its agent.
+
+        :raise RefusedError: ``agent-running``: another agent answers on this host's socket.
+        """
+        path = socket_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _claim(path)
+        # The first engine starts the server that the others are forked from; let that be now.
+        warm = self._engines.Process(target=_nothing)
+        warm.start()
+        warm.join()
+        listener = Listener(self._config.listen, (self._config.port, self._config.port), self._identity)
+        threading.Thread(target=self._listen, args=(listener,), daemon=True, name="peer-port").start()
+        log.info("agent is up", name=self._config.name, listen=self._config.listen, port=self._config.port)
+        server = uvicorn.Server(uvicorn.Config(self._app(), uds=os.fspath(path), log_level="warning", lifespan="off"))
+        try:
+            asyncio.run(server.serve())
+        finally:
+            listener.close()
+            path.unlink(missing_ok=True)
+
+
+def _nothing() -> None:
+    """The first engine's work."""
+
+
+def _claim(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+            return
+    raise RefusedError("agent-running", f"an agent already answers on {path}; stop it first")
+
+
+async def _explain(_: Request, error: Exception) -> Response:
+    status = {2: 400, 3: 404, 4: 409, 7: 403, 8: 503}.get(getattr(error, "exit_code", 1), 500)
+    return JSONResponse({"error": str(error), "exit_code": getattr(error, "exit_code", 1)}, status_code=status)

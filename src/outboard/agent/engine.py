@@ -1,0 +1,162 @@
+"""Engines: the processes that manage one guest each, started by the agent.
+
+An engine is forked from a server process that has everything imported, so that it is there within milliseconds. It
+speaks to its agent over a pipe; when the agent is gone it goes on with what it does, since a migration that has
+switched over has no way back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+
+from outboard.errors import OutboardError
+from outboard.linux import prctl
+from outboard.migrate import messages
+from outboard.migrate.desk import Order
+from outboard.migrate.destination import Incoming
+from outboard.migrate.messages import Prepare
+from outboard.migrate.method import Options
+from outboard.migrate.report import Progress, Summary
+from outboard.migrate.source import Destination, Outgoing
+from outboard.migrate.states import State
+from outboard.migrate.summary import summarise
+from outboard.vmm.attach import attach
+from outboard.vmm.launch import launch, stop
+from outboard.vmm.registry import Registry
+from outboard.vmm.spec import parse_spec
+from outboard.wire.tls import Listener
+from outboard.wire.token import TokenBook
+
+
+class Depart(msgspec.Struct, frozen=True, tag="depart"):
+    """Migrate a VM of this host (``source``) away."""
+
+    migration: str
+    vm: str
+    source: str
+    destination: Destination
+    options: Options
+
+
+class Receive(msgspec.Struct, frozen=True, tag="receive"):
+    """Take in a VM from ``source``."""
+
+    source: str
+    listen: str
+    ports: tuple[int, int]
+    prepare: Prepare
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """An engine that could not even begin, and why."""
+
+    why: str
+    exit_code: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """An incoming engine listens."""
+
+    port: int
+    tokens: dict[str, str]
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """An incoming engine has ended; None when all went well."""
+
+    why: str | None
+
+
+class PipeDesk:
+    """The migration's desk at the engine's end of the pipe."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._gone = False
+
+    def fileno(self) -> int:
+        return -1 if self._gone else self._pipe.fileno()
+
+    def order(self) -> Order | None:
+        try:
+            order: Order = msgspec.json.decode(self._pipe.recv_bytes(), type=Order)
+        except (EOFError, OSError):
+            self._gone = True
+            return None
+        return order
+
+    def report(self, report: Progress | Summary | Ready | Refused | Ended) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.send_bytes(msgspec.json.encode(report))
+
+
+def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> None:
+    """Be an engine; the entry point of its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prctl.set_name("outboard-engine")
+    desk = PipeDesk(pipe)
+    work: Depart | Receive = msgspec.json.decode(task, type=Depart | Receive)
+    try:
+        match work:
+            case Depart():
+                desk.report(_depart(work, desk, Registry(Path(runtime)), Path(identity)))
+            case Receive():
+                _receive(work, desk, Registry(Path(runtime)), Path(identity))
+    except OutboardError as error:
+        desk.report(Refused(why=str(error), exit_code=error.exit_code))
+        sys.exit(1)
+
+
+def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) -> Summary:
+    """Migrate; every way it can end is a summary."""
+    started = time.time()
+    record = registry.get(work.vm)
+    began = time.monotonic()
+    with attach(qmp=record.engine_socket, name=work.vm, agent_path=record.agent_socket) as guest:
+        attach_ms = (time.monotonic() - began) * 1e3
+        outgoing = Outgoing(
+            work.migration,
+            guest,
+            work.destination,
+            work.options,
+            spec=record.spec_text(),
+            directory=record.directory,
+            identity=identity,
+            desk=desk,
+        )
+        error: OutboardError | None = None
+        try:
+            outgoing.run()
+        except OutboardError as failure:
+            error = failure
+    if outgoing.machine.state is State.COMPLETED:
+        registry.remove(work.vm)
+    return summarise(outgoing, source=work.source, started=started, attach_ms=attach_ms, error=error)
+
+
+def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:
+    """Start a QEMU for the VM, take the VM in, and end that QEMU if the VM stays where it was."""
+    prepare = work.prepare
+    record = launch(parse_spec(prepare.spec, f"the spec of {prepare.vm}"), registry, incoming=True)
+    kept = False
+    try:
+        with attach(qmp=record.engine_socket, name=prepare.vm, agent_path=record.agent_socket) as guest:
+            incoming = Incoming(prepare, guest, source=work.source, directory=record.directory)
+            tokens = TokenBook(time.monotonic)
+            listener = Listener(work.listen, work.ports, identity)
+            desk.report(Ready(port=listener.port, tokens={role: tokens.issue(role) for role in messages.ROLES}))
+            try:
+                incoming.run(listener, tokens)
+            finally:
+                kept = incoming.committed
+        desk.report(Ended(why=None))
+    finally:
+        if not kept:
+            stop(record, registry)

@@ -1,0 +1,111 @@
+"""The migrations that began on this host and are remembered by its agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from outboard.errors import NotFoundError
+from outboard.migrate.desk import Cancel, Limit, Order
+from outboard.migrate.report import Summary
+
+_KEPT = 2000
+"""Reports of one migration that a late listener is still told, the newest."""
+
+
+class Running:
+    """One migration: its engine's pipe, what the engine has reported, and whoever listens.
+
+    Synchronization: the agent's event loop alone.
+    """
+
+    def __init__(self, migration: str, vm: str, pipe: Connection) -> None:
+        self.migration = migration
+        self.vm = vm
+        self._pipe = pipe
+        self._reports: list[bytes] = []
+        self._dropped = 0
+        self._ended = False
+        self._news = asyncio.Event()
+        self.summary: Summary | None = None
+        asyncio.get_running_loop().add_reader(pipe.fileno(), self._hear)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the engine is gone."""
+        return self._ended
+
+    def _hear(self) -> None:
+        try:
+            report = self._pipe.recv_bytes()
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
+            self._pipe.close()
+            self._ended = True
+        else:
+            if len(self._reports) - self._dropped >= _KEPT:
+                self._reports[self._dropped] = b""
+                self._dropped += 1
+            self._reports.append(report)
+        self._news.set()
+
+    def order(self, order: Order) -> None:
+        """Pass an order to the engine; one that has ended takes none."""
+        if not self._ended:
+            with contextlib.suppress(OSError):
+                self._pipe.send_bytes(msgspec.json.encode(order))
+
+    async def reports(self) -> AsyncIterator[bytes]:
+        """Each report so far, and those to come until the engine has ended."""
+        at = self._dropped
+        while True:
+            while at < len(self._reports):
+                yield self._reports[at]
+                at += 1
+            if self._ended:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+
+class Migrations:
+    """All that the agent remembers.
+
+    Synchronization: the agent's event loop alone.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, Running] = {}
+
+    def add(self, migration: str, vm: str, pipe: Connection) -> Running:
+        """Remember a migration that begins."""
+        running = self._running[migration] = Running(migration, vm, pipe)
+        return running
+
+    def find(self, name: str) -> Running:
+        """A migration by its id, or the latest one of the VM of that name.
+
+        :raise NotFoundError: there is neither.
+        """
+        if name in self._running:
+            return self._running[name]
+        for running in reversed(self._running.values()):
+            if running.vm == name:
+                return running
+        raise NotFoundError(f"no migration of {name!r} has begun here since the agent started; see outboard history")
+
+    def active(self) -> list[Running]:
+        """Those whose engine still runs."""
+        return [running for running in self._running.values() if not running.ended]
+
+    def cancel(self, name: str) -> None:
+        """Ask for a stop."""
+        self.find(name).order(Cancel())
+
+    def limit(self, name: str, max_bandwidth: int | None) -> None:
+        """Change a bandwidth limit."""
+        self.find(name).order(Limit(max_bandwidth))

@@ -1,0 +1,74 @@
+"""The commands. Each lives in the module of its name and is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from outboard.errors import OutboardError
+
+_COMMANDS = {
+    "agent": "outboard.cli.agent:agent",
+    "attach": "outboard.cli.attach:attach",
+    "cancel": "outboard.cli.migrate:cancel",
+    "detach": "outboard.cli.attach:detach",
+    "dirty": "outboard.cli.dirty:dirty",
+    "doctor": "outboard.cli.doctor:doctor",
+    "history": "outboard.cli.history:history",
+    "limit": "outboard.cli.migrate:limit",
+    "ls": "outboard.cli.attach:ls",
+    "migrate": "outboard.cli.migrate:migrate",
+    "pki": "outboard.cli.pki:pki",
+    "run": "outboard.cli.run:run",
+    "stop": "outboard.cli.run:stop",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        place = _COMMANDS.get(cmd_name)
+        if place is None:
+            return None
+        module, _, name = place.partition(":")
+        command = getattr(importlib.import_module(module), name)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{place} is no command")
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="outboard")
+def outboard() -> None:
+    """Manage the memory of running virtual machines from outside the VMM.
+
+    \b
+    Exit codes: 0 done; 1 failed, the VM is safe at the source; 2 usage; 3 not found; 4 refused by a check;
+    5 cancelled, the VM is safe at the source; 6 paused, needs recovery; 7 not authorised; 8 unreachable;
+    130 interrupted.
+    """
+
+
+def main() -> None:
+    """Run a command; the one place that turns an error into words and an exit code."""
+    try:
+        outboard(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except OutboardError as error:
+        click.echo(f"outboard: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has enough of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,40 @@
+"""outboard history: how migrations that began on this host ended."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from outboard.agent.config import state_dir
+from outboard.agent.history import History
+from outboard.cli.output import output_option, print_json, print_table, size_text
+
+
+@click.command(epilog="Example: outboard history web --last 5 -o ndjson")
+@click.argument("vm", required=False)
+@click.option("--last", type=click.IntRange(1), default=20, show_default=True, help="How many, the newest first.")
+@output_option("table", "ndjson")
+def history(vm: str | None, last: int, output: str) -> None:
+    """Show the summaries of migrations, of one VM or of all."""
+    summaries = History(state_dir() / "history.db").read(vm, last)
+    if output == "ndjson":
+        for summary in summaries:
+            print_json(summary)
+        return
+    rows = [
+        [
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.started)),
+            one.vm,
+            f"{one.source} -> {one.destination}",
+            one.method.value,
+            one.state.value,
+            f"{one.total_s:.2f} s",
+            "-" if one.blackout_ms is None else f"{one.blackout_ms:.0f} ms",
+            size_text(one.bytes),
+            one.error or "",
+        ]
+        for one in summaries
+    ]
+    columns = ["began", "vm", "hosts", "method", "state", "total", "blackout", "sent", "error"]
+    print_table(columns, rows, empty="no migration has begun on this host yet")

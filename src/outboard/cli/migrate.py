@@ -1,0 +1,194 @@
+"""outboard migrate, cancel, limit: move a VM to another host and steer it on its way."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from outboard.cli import api
+from outboard.cli.output import Bandwidth, Duration, output_option, print_json, size_text
+from outboard.migrate import report
+
+_decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.Decoder(report.Progress | report.Summary)
+
+
+@click.command(
+    epilog="Example: outboard migrate web b --max-downtime 100ms -o ndjson",
+    context_settings={"max_content_width": 110},
+)
+@click.argument("vm")
+@click.argument("host")
+@click.option(
+    "--enlightened", "method", flag_value="enlightened", default=True, help="Guest-ordered post-copy (default)."
+)
+@click.option("--post-copy", "method", flag_value="post-copy", help="Switch over at once, fetch pages afterwards.")
+@click.option(
+    "--pre-copy", "method", flag_value="pre-copy", help="Copy in rounds until the rest fits in --max-downtime."
+)
+@click.option("--hybrid", "method", flag_value="hybrid", help="Rounds while they help, then post-copy.")
+@click.option("--hints/--no-hints", default=True, show_default=True, help="Ask the guest agent which pages matter.")
+@click.option("--max-downtime", type=Duration(), default="300ms", show_default=True, help="Longest pause allowed.")
+@click.option("--max-bandwidth", type=Bandwidth(), help="Limit, such as 500Mbit; see outboard limit to change it.")
+@click.option("--verify", is_flag=True, help="Stay paused until all has arrived and compare digests of every page.")
+@click.option("--wait/--detach", default=True, show_default=True, help="Follow it, or return once it has begun.")
+@output_option("table", "json", "ndjson")
+def migrate(
+    vm: str,
+    host: str,
+    method: str,
+    hints: bool,
+    max_downtime: float,
+    max_bandwidth: int | None,
+    verify: bool,
+    wait: bool,
+    output: str,
+) -> None:
+    """Move the running VM to HOST, as named in agent.toml.
+
+    Ctrl-C once stops following and lets the migration go on; twice within the command cancels it.
+    """
+    options = {
+        "method": method,
+        "hints": hints,
+        "max_downtime": max_downtime,
+        "max_bandwidth": max_bandwidth,
+        "verify": verify,
+    }
+    migration = api.call("POST", "/v1/migrations", {"vm": vm, "host": host, "options": options})["migration"]
+    if not wait:
+        if output == "table":
+            click.echo(migration)
+        else:
+            print_json({"schema": "outboard.migration.begun.v1", "migration": migration})
+        return
+    _follow(migration, output)
+
+
+class _Interrupts:
+    """Ctrl-C: the first asks what is meant, the second cancels."""
+
+    def __init__(self, migration: str) -> None:
+        self._migration = migration
+        self._count = 0
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count > 1:
+            api.call("POST", f"/v1/migrations/{self._migration}/cancel")
+            return
+        signal.signal(signal.SIGALRM, self._detach)
+        signal.alarm(2)
+        click.echo("\ndetaching; the migration goes on. Ctrl-C again within 2 s cancels it.", err=True)
+
+    def _detach(self, _number: int, _frame: FrameType | None) -> None:
+        if self._count == 1:
+            raise KeyboardInterrupt
+
+
+def _follow(migration: str, output: str) -> None:
+    signal.signal(signal.SIGINT, _Interrupts(migration))
+    lines = api.lines(f"/v1/migrations/{migration}/reports")
+    summary: report.Summary | None = None
+    if output == "table":
+        summary = _draw(lines)
+    else:
+        for line in lines:
+            decoded = _read(line)
+            if output == "ndjson" or isinstance(decoded, report.Summary):
+                click.echo(line)
+            if isinstance(decoded, report.Summary):
+                summary = decoded
+    if summary is None:
+        raise api.error_of(1, f"the engine of migration {migration} ended without a summary; see the agent's log")
+    if output == "table":
+        _print_summary(summary)
+    if summary.error is not None:
+        raise api.error_of(summary.exit_code, f"migration {migration} {summary.state.value}: {summary.error}")
+
+
+def _read(line: str) -> report.Progress | report.Summary:
+    try:
+        return _decode.decode(line)
+    except msgspec.ValidationError:
+        refused = msgspec.json.decode(line)
+        raise api.error_of(refused.get("exit_code", 1), refused.get("why", line)) from None
+
+
+def _draw(lines: Iterator[str]) -> report.Summary | None:
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.fields[phase]:<10}"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=1.0, phase="", visible=console.is_terminal)
+        said = ""
+        for line in lines:
+            decoded = _read(line)
+            if isinstance(decoded, report.Summary):
+                return decoded
+            eta = f", {decoded.eta[0]:.0f} to {decoded.eta[1]:.0f} s left" if decoded.eta else ""
+            words = f"{size_text(decoded.remaining_bytes)} left, {size_text(decoded.rate)}/s{eta}; {decoded.verdict}"
+            bar.update(task, completed=decoded.fraction, description=words, phase=decoded.state.value)
+            if not console.is_terminal and decoded.state.value != said:
+                said = decoded.state.value
+                click.echo(f"{decoded.elapsed:6.2f} s  {said}", err=True)
+    return None
+
+
+def _print_summary(summary: report.Summary) -> None:
+    def ms(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f} ms"
+
+    def us(value: float | None) -> str:
+        return "-" if value is None else f"{value:.0f} us"
+
+    resume = "-" if summary.time_to_resume_s is None else f"{summary.time_to_resume_s:.2f} s"
+    rows = [
+        ("state", f"{summary.state.value}; the VM is at the {summary.safe_at.value}"),
+        ("method", f"{summary.method.value}; hints: {summary.hints}"),
+        (
+            "total",
+            f"{summary.total_s:.2f} s, running at the destination after {resume}, blackout {ms(summary.blackout_ms)}",
+        ),
+        (
+            "sent",
+            f"{size_text(summary.bytes)}: {summary.data_pages} pages, {summary.zero_pages} zero, "
+            f"{summary.urgent_pages} on demand, {summary.resent_pages} again; "
+            f"{summary.never_sent_pages} of {summary.pages} never",
+        ),
+        (
+            "faults",
+            f"{summary.remote_faults or 0} remote, p50 {us(summary.fault_p50_us)}, p99 {us(summary.fault_p99_us)}",
+        ),
+        ("verified", {None: "not asked for", True: "every page equal", False: "DIFFERENT"}[summary.verified]),
+    ]
+    for name, words in rows:
+        click.echo(f"{name:<9} {words}")
+    sys.stdout.flush()
+
+
+@click.command(epilog="Example: outboard cancel web")
+@click.argument("name")
+def cancel(name: str) -> None:
+    """Cancel a migration, by its id or its VM; the VM goes on at the source. After the switch-over it is too late."""
+    api.call("POST", f"/v1/migrations/{name}/cancel")
+
+
+@click.command(epilog="Example: outboard limit web 200Mbit")
+@click.argument("name")
+@click.argument("rate", type=str)
+def limit(name: str, rate: str) -> None:
+    """Change the bandwidth limit of a running migration; RATE is such as 500Mbit, or none."""
+    octets = None if rate == "none" else Bandwidth().convert(rate, None, None)
+    api.call("PATCH", f"/v1/migrations/{name}", {"max_bandwidth": octets})

@@ -1,0 +1,258 @@
+"""The destination's side of a migration: a QEMU that waits, memory that is absent, and whoever fills it.
+
+The QEMU here runs the guest only after the source's COMMIT. Before it, any end of the control stream ends this QEMU;
+after it, nothing does: what is missing is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from outboard.errors import NeedsRecoveryError, NotAuthorisedError, OutboardError, PeerError, RefusedError
+from outboard.migrate import messages
+from outboard.migrate.conversation import Conversation
+from outboard.migrate.messages import Hello, Prepare
+from outboard.migrate.receiving import BulkReceiver
+from outboard.migrate.source import digests
+from outboard.migrate.worker import Worker
+from outboard.pager.faults import FaultCounters, FaultServer
+from outboard.pager.pager import Pager
+from outboard.pages.pageset import PageSet
+from outboard.pages.residency import Where
+from outboard.stores.peer import PeerStore
+from outboard.vmm.device_state import Arrival
+from outboard.vmm.guest import Guest
+from outboard.wire.channel import Channel
+from outboard.wire.frames import Frame, Kind, PageSetPart
+from outboard.wire.tls import Listener
+from outboard.wire.token import TokenBook
+
+_STEP_S = 30.0
+_TICK_S = 0.002
+_DIGEST_PART = 1 << 20
+
+
+def check_layout(guest: Guest, prepare: Prepare) -> None:
+    """See that both ends number the same pages.
+
+    :raise RefusedError: ``memory-layout``: the destination's QEMU lays out memory otherwise.
+    """
+    ours = [(region.first, region.pages, region.gpa) for region in guest.regions]
+    if ours != [tuple(region) for region in prepare.layout]:
+        raise RefusedError(
+            "memory-layout",
+            f"{prepare.vm}: the QEMU started here lays out memory as {ours}, the source's as {prepare.layout}; "
+            "use the same QEMU version, machine type and memory size on both hosts",
+        )
+
+
+class Incoming:
+    """One migration of a VM to here.
+
+    :param guest: attached; its QEMU was started with ``-incoming defer`` for this migration alone.
+    :param source: the name that the source's certificate must carry.
+    :param directory: for the unix socket of QEMU's device state.
+
+    Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
+    """
+
+    def __init__(self, prepare: Prepare, guest: Guest, *, source: str, directory: Path) -> None:
+        check_layout(guest, prepare)
+        self.committed = False
+        self._prepare = prepare
+        self._guest = guest
+        self._source = source
+        self._directory = directory
+        self._pager = Pager(guest)
+        self._counters = FaultCounters()
+        self._cleanup = contextlib.ExitStack()
+        self._sets = {name: PageSet(guest.pages) for name in (messages.FORGET, messages.LIVE)}
+        self._live: PageSet | None = None
+        self._all_sent = False
+        self._mapped_before_resume = 0
+
+    def run(self, listener: Listener, tokens: TokenBook) -> None:
+        """Take the VM in.
+
+        :raise OutboardError: it did not work. ``committed`` says whether the VM is ours: if so it waits for what
+            is missing, if not it runs at the source and this QEMU must be ended.
+        """
+        with self._cleanup:
+            try:
+                streams = self._admit(listener, tokens)
+                self._serve(streams)
+            except OutboardError as error:
+                if self.committed:
+                    raise NeedsRecoveryError(
+                        f"{self._guest.name} runs here, and {self._pager.residency.count(Where.PEER)} of its pages are "
+                        f"still at {self._source}: {error}"
+                    ) from error
+                raise
+
+    def _admit(self, listener: Listener, tokens: TokenBook) -> dict[str, Channel]:
+        """Accept the streams of this migration, each once, and nobody else's."""
+        streams: dict[str, Channel] = {}
+        deadline = time.monotonic() + _STEP_S
+        with listener:
+            while len(streams) < len(messages.ROLES):
+                channel = listener.accept(max(0.0, deadline - time.monotonic()), self._guest.pages)
+                try:
+                    hello = messages.expect(channel.receive(_STEP_S).payload, Hello)
+                    self._authorise(channel, hello, tokens)
+                except OutboardError:
+                    channel.close()
+                    if time.monotonic() > deadline:
+                        raise
+                    continue
+                self._cleanup.callback(channel.close)
+                streams[hello.role] = channel
+        return streams
+
+    def _authorise(self, channel: Channel, hello: Hello, tokens: TokenBook) -> None:
+        if channel.peer_name != self._source:
+            raise NotAuthorisedError(f"{channel.peer_name} opened a stream of a migration from {self._source}")
+        if hello.migration != self._prepare.migration or hello.role not in messages.ROLES:
+            raise NotAuthorisedError(f"{self._source} opened a stream of another migration")
+        tokens.redeem(hello.token, hello.role)
+
+    def _serve(self, streams: dict[str, Channel]) -> None:
+        def serve_faults(link: socket.socket) -> None:
+            FaultServer(self._pager, PeerStore(streams["urgent"]), self._counters, link).serve()
+
+        faults = Worker("outboard-faults", serve_faults, urgent=True)
+        self._cleanup.callback(faults.end)
+
+        def receive_bulk(link: socket.socket) -> None:
+            BulkReceiver(self._pager, streams["bulk"], faults.link, link).serve()
+
+        bulk = Worker("outboard-place", receive_bulk)
+        self._cleanup.callback(bulk.end)
+        arrival = Arrival(self._guest, self._directory)
+        self._cleanup.callback(arrival.close)
+        control = Conversation(streams["control"])
+        for channel in streams.values():
+            channel.send_message(messages.encode(messages.Welcome()))
+        self._attend(control, faults, bulk, arrival)
+        self._settle(control, faults)
+
+    def _attend(self, control: Conversation, faults: Worker, bulk: Worker, arrival: Arrival) -> None:
+        """Do what the source says until no page is missing."""
+
+        def take_frames() -> None:
+            while True:
+                self._take(control.receive(_STEP_S), control, faults, arrival)
+                if not control.channel.pending():
+                    return
+
+        def take_bulk_report() -> None:
+            report = bulk.hear(0)
+            if report is None:
+                return
+            match messages.decode(report):
+                case messages.Barrier(number):
+                    control.send(messages.BarrierPassed(number))
+                case _:
+                    self._all_sent = True
+                    # It has done its work and ends; from now on it is silent.
+                    speakers.pop(bulk.fileno())
+
+        speakers: dict[int, Callable[[], object]] = {
+            control.channel.fileno(): take_frames,
+            bulk.fileno(): take_bulk_report,
+            faults.fileno(): lambda: faults.hear(0),
+        }
+        while not self._complete():
+            for fd in select.select(list(speakers), [], [], _TICK_S if self._all_sent else None)[0]:
+                if fd in speakers:
+                    speakers[fd]()
+
+    def _complete(self) -> bool:
+        return (
+            self._all_sent
+            and self.committed
+            and self._live is not None
+            and not np.any(self._pager.residency.where[self._live.mask()] == Where.PEER)
+        )
+
+    def _take(self, frame: Frame, control: Conversation, faults: Worker, arrival: Arrival) -> None:
+        if frame.kind is Kind.STREAM:
+            if len(frame.payload):
+                arrival.feed(frame.payload)
+            else:
+                arrival.finish(_STEP_S)
+                control.send(messages.Loaded())
+            return
+        if frame.kind is Kind.PAGESET:
+            self._take_part(control.channel.pageset(frame))
+            return
+        if frame.kind is not Kind.MESSAGE:
+            raise PeerError(f"a {frame.kind.name} frame on the control stream")
+        match messages.decode(frame.payload):
+            case messages.Final():
+                faults.tell(b"open")
+            case messages.Forget():
+                self._pager.forget(self._sets[messages.FORGET])
+                self._sets[messages.FORGET] = PageSet(self._guest.pages)
+            case messages.Live():
+                self._live = self._sets[messages.LIVE]
+                self._pager.note_zero_set(~self._live)
+            case messages.Digests():
+                self._send_digests(control)
+            case messages.Commit():
+                self._run(control, arrival)
+            case other:
+                raise PeerError(f"a {type(other).__name__} message on the control stream")
+
+    def _take_part(self, part: PageSetPart) -> None:
+        pages = self._sets.get(part.name)
+        if pages is None or self.committed:
+            raise PeerError(f"a page set named {part.name} came where none is due")
+        at = part.first // 8
+        pages.bits()[at : at + part.bits.size] = part.bits
+
+    def _run(self, control: Conversation, arrival: Arrival) -> None:
+        self._mapped_before_resume = self._pager.residency.count(Where.RESIDENT)
+        self._pager.run()
+        self.committed = True
+        arrival.resume(_STEP_S)
+        control.send(messages.Resumed())
+        arrival.announce()
+
+    def _send_digests(self, control: Conversation) -> None:
+        """Digest what has arrived, once all has: the guest stands still."""
+        if self._live is None:
+            raise PeerError("digests were asked for before the live pages were named")
+        mask = self._live.mask()
+        deadline = time.monotonic() + _STEP_S
+        while np.any(self._pager.residency.where[mask] == Where.PEER):
+            if time.monotonic() > deadline:
+                raise PeerError(f"pages are missing {_STEP_S:.0f} s after all were said to have been sent")
+            time.sleep(_TICK_S)
+        octets = memoryview(digests(self._guest, self._live).astype("<u8").tobytes())
+        for at in range(0, len(octets), _DIGEST_PART):
+            control.send_stream(octets[at : at + _DIGEST_PART])
+        control.send(messages.Digests())
+
+    def _settle(self, control: Conversation, faults: Worker) -> None:
+        """Nothing is missing: give the memory back to QEMU whole, and say so."""
+        faults.tell(b"stop")
+        faults.join()
+        self._pager.release()
+        served = self._counters.statistics()
+        arrived = messages.Arrived(
+            remote_faults=served.remote,
+            zero_faults=served.zero,
+            minor_faults=served.minor,
+            raced_faults=served.raced,
+            fault_p50_us=served.latencies.percentile_us(0.5),
+            fault_p99_us=served.latencies.percentile_us(0.99),
+            mapped_before_resume=self._mapped_before_resume,
+        )
+        control.send(arrived)

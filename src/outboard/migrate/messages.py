@@ -1,0 +1,171 @@
+"""What the two engines of a migration say to each other, beside pages, requests and QEMU's device state.
+
+Each is a MESSAGE frame holding JSON with a ``type``; an unknown type or field ends the migration.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from outboard.errors import PeerError
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """The base of all."""
+
+
+class Hello(Message, tag="hello"):
+    """First on each stream: which migration, which of its streams, and the one-time token that lets it in."""
+
+    migration: str
+    role: str
+    token: str
+
+
+class Welcome(Message, tag="welcome"):
+    """The destination's answer to Hello."""
+
+
+class Barrier(Message, tag="barrier"):
+    """On the bulk stream: all that was sent before has been handed to the kernel. Answered on the control stream."""
+
+    number: int
+
+
+class BarrierPassed(Message, tag="barrier-passed"):
+    """All before the barrier has been placed."""
+
+    number: int
+
+
+class Final(Message, tag="final"):
+    """The source's memory will not change any more (its guest is paused); page requests may come."""
+
+
+class Forget(Message, tag="forget"):
+    """The set of pages to forget has been sent (as PAGESET frames): they changed after they were sent."""
+
+
+class Live(Message, tag="live"):
+    """The set of live pages has been sent (as PAGESET frames): all others read as zeros."""
+
+
+class AllSent(Message, tag="all-sent"):
+    """On the bulk stream: every live page has been sent on this stream or the urgent one."""
+
+
+class Digests(Message, tag="digests"):
+    """The destination is asked for (source), or has sent as raw bytes (destination), a digest of each live page."""
+
+
+class Loaded(Message, tag="loaded"):
+    """QEMU at the destination has taken the device state and waits, stopped."""
+
+
+class Commit(Message, tag="commit"):
+    """The source gives the VM away and will not run it again."""
+
+
+class Resumed(Message, tag="resumed"):
+    """The VM runs at the destination."""
+
+
+class Arrived(Message, tag="arrived"):
+    """No page is missing at the destination; with it the faults that it took to get there."""
+
+    remote_faults: int
+    zero_faults: int
+    minor_faults: int
+    raced_faults: int
+    fault_p50_us: float | None
+    fault_p99_us: float | None
+    mapped_before_resume: int
+
+
+class Failed(Message, tag="failed"):
+    """The sender gives up, and why."""
+
+    why: str
+
+
+class Prepare(Message, tag="prepare"):
+    """To the destination's agent: start a QEMU for this VM and be ready for its migration.
+
+    ``spec`` is the VM's TOML; ``layout`` the source's memory as (first page, pages, guest-physical start), which the
+    destination's must equal.
+    """
+
+    migration: str
+    vm: str
+    spec: str
+    layout: list[tuple[int, int, int]]
+
+
+class Prepared(Message, tag="prepared"):
+    """The agent's answer: where the engine listens, and the token of each stream's role."""
+
+    port: int
+    tokens: dict[str, str]
+
+
+AnyMessage = (
+    Hello
+    | Prepare
+    | Prepared
+    | Welcome
+    | Barrier
+    | BarrierPassed
+    | Final
+    | Forget
+    | Live
+    | AllSent
+    | Digests
+    | Loaded
+    | Commit
+    | Resumed
+    | Arrived
+    | Failed
+)
+
+ROLES = ("control", "bulk", "urgent")
+"""The streams of a migration. Only the urgent one must never wait behind another's data."""
+
+FORGET, LIVE = 1, 2
+"""Names of page sets in PAGESET frames."""
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(AnyMessage)
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    """The payload of a MESSAGE frame."""
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes | memoryview) -> Message:
+    """Read a MESSAGE frame's payload.
+
+    :raise PeerError: it is none of the messages above, or says that the peer gave up.
+    """
+    try:
+        message: Message = _decoder.decode(payload)
+    except msgspec.DecodeError as error:
+        raise PeerError(f"the peer sent a message that is none of ours: {error}") from error
+    if isinstance(message, Failed):
+        raise PeerError(f"the other host gave up: {message.why}")
+    return message
+
+
+def expect(payload: bytes | memoryview, kind: type[M]) -> M:
+    """Read a payload that must be a ``kind``.
+
+    :raise PeerError: it is something else.
+    """
+    message = decode(payload)
+    if not isinstance(message, kind):
+        raise PeerError(f"the peer sent {type(message).__name__} where {kind.__name__} was due")
+    return message

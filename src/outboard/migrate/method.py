@@ -1,0 +1,63 @@
+"""The four methods, as settings of one procedure: what goes before the pause, in the pause, and after the resume."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+from outboard.vmm.enlighten import PageClass
+
+
+class Method(Enum):
+    """How a VM is moved; the value is the option's name on the command line."""
+
+    PRE_COPY = "pre-copy"
+    """Everything before the resume, in rounds, until what the guest writes meanwhile fits in the allowed downtime."""
+    POST_COPY = "post-copy"
+    """Switch over at once; everything afterwards, faults first."""
+    HYBRID = "hybrid"
+    """Rounds as long as they shrink what remains, then the rest as post-copy."""
+    ENLIGHTENED = "enlightened"
+    """The guest's kernel first, then switch over; the rest in the order in which the guest is likely to need it, and
+    never what it holds free."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether all of memory is sent before the switch-over."""
+        return self in (Method.PRE_COPY, Method.HYBRID)
+
+    @property
+    def resumes_early(self) -> bool:
+        """Whether the VM may run at the destination with pages still missing."""
+        return self is not Method.PRE_COPY
+
+
+EARLY = frozenset({PageClass.PAGE_TABLES, PageClass.KERNEL, PageClass.SLAB})
+"""What enlightened post-copy sends before the switch-over: what any guest touches at once, whatever it does."""
+
+EARLY_SECONDS = 2.0
+"""At most this long: a guest with tens of GiB of slab switches over all the same."""
+
+PAUSE_SHARE = 0.25
+"""The part of the allowed downtime, of at most PAUSE_MOST_S, that re-sending early pages may take in the pause; what
+does not fit is fetched after the resume."""
+
+PAUSE_MOST_S = 0.008
+
+WORTH_A_ROUND = 0.7
+"""Hybrid goes on with rounds while each leaves at most this share of what the one before left."""
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the user asked for.
+
+    ``max_downtime`` in seconds, ``max_bandwidth`` in bytes/s. ``verify`` holds the VM paused at the switch-over until
+    every page has arrived and the digests of both ends agree.
+    """
+
+    method: Method = Method.ENLIGHTENED
+    hints: bool = True
+    max_downtime: float = 0.3
+    max_bandwidth: int | None = None
+    verify: bool = False

@@ -1,0 +1,114 @@
+"""What the source still has to send, in memory shared by the engine's main process and its two senders.
+
+``rank[page]`` says when a page's turn is (0 first, NEVER not at all) and ``sent[page]`` whether somebody has taken it
+upon himself to send it. The bulk walks the ranks; the answerer of faults takes single pages out of turn. Whoever sets
+``sent`` first sends the page; should both set it at the same instant it crosses twice, and the destination drops the
+second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.pages.pageset import PageSet, Runs
+from outboard.pages.shared import shared_array
+
+NEVER = 255
+"""The rank of a page that is not sent: the guest holds it free, or it has no memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What has gone out so far: pages by how they went, and bytes on the streams before encryption."""
+
+    data_pages: int
+    zero_pages: int
+    urgent_pages: int
+    bulk_bytes: int
+    urgent_bytes: int
+    rate: int
+    """The pace of the bulk in bytes/s; 0 is unpaced."""
+
+
+class Outbox:
+    """The shared arrays of one outgoing migration.
+
+    Synchronization: made before the senders are forked. The main process ranks pages while the bulk does not walk them.
+    """
+
+    _DATA, _ZERO, _URGENT, _BULK_BYTES, _URGENT_BYTES, _LIMIT, _HALT, _RATE = range(8)
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self.rank: NDArray[np.uint8] = shared_array(pages, np.uint8)
+        self.rank[:] = NEVER
+        self.sent: NDArray[np.uint8] = shared_array(pages, np.uint8)
+        self._counters: NDArray[np.int64] = shared_array(8, np.int64)
+
+    def due(self, first: int, count: int, rank: int) -> Runs:
+        """Runs of the pages in ``[first, first + count)`` whose turn ``rank`` is and that nobody has sent."""
+        part = slice(first, first + count)
+        return PageSet.from_mask((self.rank[part] == rank) & (self.sent[part] == 0)).runs() + np.array([first, 0])
+
+    def ranks_due(self, first: int, count: int, upto: int) -> list[int]:
+        """Which ranks up to ``upto`` have pages due in ``[first, first + count)``, ascending."""
+        part = slice(first, first + count)
+        waiting = self.rank[part][self.sent[part] == 0]
+        return [int(rank) for rank in np.flatnonzero(np.bincount(waiting, minlength=256)[: upto + 1])]
+
+    def unsent(self) -> PageSet:
+        """The pages that have a turn and were not sent."""
+        return PageSet.from_mask((self.rank != NEVER) & (self.sent == 0))
+
+    def already_sent(self) -> PageSet:
+        """The pages that were sent and not taken back."""
+        return PageSet.from_mask(self.sent != 0)
+
+    def again(self, pages: PageSet, rank: int) -> None:
+        """Give pages a turn (again): their content has changed since they were sent, or they came to life."""
+        mask = pages.mask()
+        self.rank[mask] = rank
+        self.sent[mask] = 0
+
+    def count_bulk(self, data: int, zero: int, octets: int) -> None:
+        """Note what the bulk sent."""
+        self._counters[self._DATA] += data
+        self._counters[self._ZERO] += zero
+        self._counters[self._BULK_BYTES] += octets
+
+    def count_urgent(self, pages: int, octets: int) -> None:
+        """Note what the answerer sent."""
+        self._counters[self._URGENT] += pages
+        self._counters[self._URGENT_BYTES] += octets
+
+    def note_rate(self, rate: int) -> None:
+        """Note the bulk's present pace."""
+        self._counters[self._RATE] = rate
+
+    @property
+    def limit(self) -> int | None:
+        """The user's bandwidth limit in bytes/s; it may change while the migration runs."""
+        return int(self._counters[self._LIMIT]) or None
+
+    @limit.setter
+    def limit(self, rate: int | None) -> None:
+        self._counters[self._LIMIT] = rate or 0
+
+    @property
+    def halted(self) -> bool:
+        """Whether the bulk shall stop after the batch it is at."""
+        return bool(self._counters[self._HALT])
+
+    @halted.setter
+    def halted(self, stop: bool) -> None:
+        self._counters[self._HALT] = stop
+
+    def statistics(self) -> Sent:
+        """A frozen snapshot."""
+        c = self._counters.tolist()
+        return Sent(
+            c[self._DATA], c[self._ZERO], c[self._URGENT], c[self._BULK_BYTES], c[self._URGENT_BYTES], c[self._RATE]
+        )

@@ -1,0 +1,92 @@
+"""Progress: what is left, how fast it goes, and when it will end, as a range; the bar never runs backwards."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from outboard.migrate.desk import Desk
+from outboard.migrate.method import Options
+from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.report import Progress, verdict
+from outboard.migrate.states import Machine
+from outboard.pages import PAGE_SIZE
+
+_EVERY_S = 0.2
+_WINDOW = 10
+
+
+class Watch:
+    """Looks at an outbox five times a second and reports.
+
+    :param clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, migration: str, vm: str, options: Options, machine: Machine, desk: Desk, clock: Callable[[], float]
+    ) -> None:
+        self._migration = migration
+        self._vm = vm
+        self._options = options
+        self._machine = machine
+        self._desk = desk
+        self._clock = clock
+        self._began = clock()
+        self._next = 0.0
+        self._fraction = 0.0
+        self._seen: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self.outbox: Outbox | None = None
+        self.dirty_rate: float | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the command."""
+        return self._clock() - self._began
+
+    def look(self, *, at_once: bool = False) -> None:
+        """Report, if it is time to (or ``at_once``)."""
+        now = self._clock()
+        if now < self._next and not at_once:
+            return
+        self._next = now + _EVERY_S
+        self._desk.report(self._progress(now))
+
+    def _progress(self, now: float) -> Progress:
+        outbox = self.outbox
+        sent_bytes = remaining = total = 0
+        if outbox is not None:
+            sent = outbox.statistics()
+            sent_bytes = sent.bulk_bytes + sent.urgent_bytes
+            due = outbox.rank != NEVER
+            total = int(np.count_nonzero(due)) * PAGE_SIZE
+            remaining = int(np.count_nonzero(due & (outbox.sent == 0))) * PAGE_SIZE
+        self._seen.append((now, sent_bytes))
+        (then, before), (_, after) = self._seen[0], self._seen[-1]
+        rate = (after - before) / (now - then) if now > then else 0.0
+        if total:
+            self._fraction = max(self._fraction, 1 - remaining / total)
+        return Progress(
+            migration=self._migration,
+            vm=self._vm,
+            state=self._machine.state,
+            safe_at=self._machine.safe_at,
+            elapsed=now - self._began,
+            fraction=self._fraction,
+            remaining_bytes=remaining,
+            sent_bytes=sent_bytes,
+            rate=rate,
+            dirty_rate=self.dirty_rate,
+            eta=self._eta(remaining, rate),
+            verdict=verdict(self.dirty_rate, rate, resumes_early=self._options.method.resumes_early),
+        )
+
+    def _eta(self, remaining: int, rate: float) -> tuple[float, float] | None:
+        """At best the present rate holds and part of the rest is zeros; at worst the guest keeps writing."""
+        if not rate:
+            return None
+        written = 0.0 if self._options.method.resumes_early else self.dirty_rate or 0.0
+        if written >= 0.95 * rate:
+            return None
+        return 0.8 * remaining / rate, 1.2 * remaining / (rate - written)

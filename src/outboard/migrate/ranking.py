@@ -1,0 +1,57 @@
+"""In which order pages go: the outbox's ranks, from the guest's hints where there are any.
+
+Ranks, lowest first: STALE_NOW pages were sent early, were written since, and are sent again in the pause; STALE_LATER
+the same, fetched after the resume; then the classes of :class:`~outboard.vmm.enlighten.PageClass` in their order, the
+addresses ascending within each. Free pages have no turn.
+
+A hint decides order and what is skipped, nothing else. A page is skipped only if the guest held it free when asked and
+nobody has written it since: the write trace is armed before the guest is asked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.migrate.method import EARLY
+from outboard.migrate.outbox import NEVER, Outbox
+from outboard.pages.pageset import PageSet
+from outboard.vmm.enlighten import PageClass
+
+STALE_NOW = 0
+STALE_LATER = 1
+_FIRST_CLASS = 2
+LAST = NEVER - 1
+
+_RANK_OF: NDArray[np.uint8] = np.full(256, _FIRST_CLASS + PageClass.OTHER, dtype=np.uint8)
+for _class in PageClass:
+    _RANK_OF[_class] = NEVER if _class is PageClass.FREE else _FIRST_CLASS + _class
+
+UNCLASSED = int(_RANK_OF[PageClass.OTHER])
+EARLY_UPTO = max(int(_RANK_OF[kind]) for kind in EARLY)
+
+
+def rank_all(outbox: Outbox, populated: PageSet) -> None:
+    """Give every page that has memory its turn, all the same one."""
+    outbox.rank[populated.mask()] = UNCLASSED
+
+
+def rank_classes(outbox: Outbox, first: int, classes: NDArray[np.uint8]) -> None:
+    """Take the guest's word for the pages from ``first`` on, one class each; pages without memory stay without turn."""
+    part = outbox.rank[first : first + classes.size]
+    np.copyto(part, _RANK_OF[classes], where=part != NEVER)
+
+
+def split_stale(outbox: Outbox, stale: PageSet, most: int) -> tuple[PageSet, PageSet]:
+    """Choose which of ``stale`` are sent again in the pause: the ``most`` pages of lowest rank; the rest come later."""
+    numbers = stale.numbers()
+    if numbers.size > most:
+        numbers = numbers[np.argsort(outbox.rank[numbers], kind="stable")[:most]]
+    now = PageSet.from_numbers(stale.pages, numbers)
+    return now, stale - now
+
+
+def revive(outbox: Outbox, pages: PageSet) -> None:
+    """Give those of ``pages`` a turn that had none: somebody has written to them, so they are live after all."""
+    part = outbox.rank
+    np.copyto(part, np.uint8(UNCLASSED), where=pages.mask() & (part == NEVER))

@@ -1,0 +1,74 @@
+"""The destination's bulk receiver: a process that places what arrives and does nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.errors import PeerError
+from outboard.migrate.messages import AllSent, Barrier, decode
+from outboard.pager.pager import Pager
+from outboard.pages import PAGE_SIZE
+from outboard.pages.pageset import PageSet
+from outboard.wire.channel import Channel
+from outboard.wire.frames import Kind, Pages
+
+
+class BulkReceiver:
+    """Places the pages of the bulk stream.
+
+    :param faults: the fault server's command socket: it is told of pages that somebody waited for.
+    :param link: to the engine: the payloads of Barrier and AllSent, once all before them has been placed.
+    """
+
+    def __init__(self, pager: Pager, channel: Channel, faults: socket.socket, link: socket.socket) -> None:
+        self._pager = pager
+        self._channel = channel
+        self._faults = faults
+        self._link = link
+
+    def serve(self) -> None:
+        """Receive until AllSent.
+
+        :raise UnreachableError: the stream ended before.
+        :raise PeerError: the peer broke the protocol.
+        """
+        while True:
+            frame = self._channel.receive()
+            if frame.kind is Kind.PAGES:
+                self._place(self._channel.pages(frame))
+                continue
+            if frame.kind is not Kind.MESSAGE:
+                raise PeerError(f"a {frame.kind.name} frame on the bulk stream")
+            payload = bytes(frame.payload)
+            message = decode(payload)
+            if not isinstance(message, (Barrier, AllSent)):
+                raise PeerError(f"a {type(message).__name__} message on the bulk stream")
+            self._link.send(payload)
+            if isinstance(message, AllSent):
+                return
+
+    def _place(self, pages: Pages) -> None:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages.data)) if len(pages.data) else 0
+        at = index = 0
+        for first, count in pages.runs:
+            zero: NDArray[np.bool_] = pages.zero[index : index + count]
+            index += count
+            if zero.any():
+                for low, length in PageSet.from_mask(zero):
+                    self._pager.note_zeros(first + low, length)
+                runs = PageSet.from_mask(~zero).runs()
+            else:
+                runs = np.array([[0, count]])
+            for low, length in runs.tolist():
+                end = at + length * PAGE_SIZE
+                self._pager.place(first + low, pages.data[at:end], address + at)
+                at = end
+            waiting = self._pager.waiting[first : first + count]
+            if waiting.any():
+                numbers = np.flatnonzero(waiting & ~zero) + first
+                if numbers.size:
+                    self._faults.send(numbers.astype("<u8").tobytes())

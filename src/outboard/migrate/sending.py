@@ -1,0 +1,194 @@
+"""The source's two senders: the bulk, in the order of the outbox, and the answerer of the destination's faults.
+
+Both read pages through the guest's files and both are processes of their own, so that an answer never waits for the
+bulk; what could still hold it up is a queue in the network, and the bulk is paced so that none builds up.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.errors import PeerError
+from outboard.linux import tcp
+from outboard.migrate.outbox import Outbox
+from outboard.pages import PAGE_SIZE
+from outboard.pages.content import zero_pages
+from outboard.pages.pageset import Runs, chop
+from outboard.vmm.guest import Guest
+from outboard.wire.channel import Channel
+from outboard.wire.frames import Kind
+from outboard.wire.pace import LinkEstimate
+
+_BATCH = 64
+"""Pages in one frame: 256 KiB, 2 ms of a gigabit link."""
+
+_PACE_NS = 5_000_000
+_SEND_BUFFER = 256 * 1024
+"""Bytes the kernel may hold of the bulk: what is in there is ahead of whatever we decide next."""
+
+
+class Send(msgspec.Struct, frozen=True, tag="send"):
+    """Send what is due in ``[first, first + count)`` up to rank ``upto``; stop after ``seconds`` if given.
+
+    ``paced``: keep the link's queue empty; otherwise as fast as the link goes.
+    """
+
+    first: int
+    count: int
+    upto: int
+    paced: bool
+    seconds: float | None = None
+
+
+class Say(msgspec.Struct, frozen=True, tag="say"):
+    """Send a message on the bulk stream, behind what was sent before."""
+
+    payload: bytes
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """A Send has ended: what it sent and how long it took; ``complete`` is whether nothing was left over."""
+
+    octets: int
+    seconds: float
+    complete: bool
+
+
+encode_order = msgspec.json.encode
+_decode_order: msgspec.json.Decoder[Send | Say] = msgspec.json.Decoder(Send | Say)
+decode_done: msgspec.json.Decoder[Done] = msgspec.json.Decoder(Done)
+
+
+def batches(runs: Runs) -> Iterator[list[tuple[int, int]]]:
+    """Group runs, in order, into lists of at most _BATCH pages."""
+    batch: list[tuple[int, int]] = []
+    room = _BATCH
+    for first, count in chop(runs, _BATCH).tolist():
+        while count:
+            part = min(count, room)
+            batch.append((first, part))
+            first, count, room = first + part, count - part, room - part
+            if not room:
+                yield batch
+                batch, room = [], _BATCH
+    if batch:
+        yield batch
+
+
+class BulkSender:
+    """Walks the outbox."""
+
+    def __init__(self, guest: Guest, outbox: Outbox, channel: Channel, link: socket.socket) -> None:
+        self._guest = guest
+        self._outbox = outbox
+        self._channel = channel
+        self._link = link
+        self._read: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
+        self._estimate = LinkEstimate(time.monotonic)
+        self._paced_at = 0
+        self._paced = False
+        channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+
+    def serve(self) -> None:
+        """Take orders until the engine ends us."""
+        while order := self._link.recv(65536):
+            match _decode_order.decode(order):
+                case Send() as send:
+                    self._link.send(msgspec.json.encode(self._send(send)))
+                case Say(payload):
+                    self._channel.send_message(payload)
+
+    def _send(self, order: Send) -> Done:
+        began = time.monotonic()
+        before = self._outbox.statistics().bulk_bytes
+        self._paced = order.paced
+        self._pace(time.monotonic_ns(), busy=False)
+        complete = self._walk(order, began)
+        now = time.monotonic()
+        return Done(self._outbox.statistics().bulk_bytes - before, now - began, complete)
+
+    def _walk(self, order: Send, began: float) -> bool:
+        for rank in self._outbox.ranks_due(order.first, order.count, order.upto):
+            for batch in batches(self._outbox.due(order.first, order.count, rank)):
+                self._send_batch(batch)
+                now = time.monotonic_ns()
+                if now - self._paced_at > _PACE_NS:
+                    self._pace(now)
+                if self._outbox.halted or (order.seconds is not None and now / 1e9 - began > order.seconds):
+                    return False
+        return True
+
+    def _send_batch(self, batch: list[tuple[int, int]]) -> None:
+        claimed = list(self._claim(batch))
+        if not claimed:
+            return
+        at = 0
+        for first, count in claimed:
+            end = at + count * PAGE_SIZE
+            self._guest.memory.read_into(first, self._read[at:end].data)
+            at = end
+        content = self._read[:at]
+        zero = zero_pages(content)
+        if zero.any():
+            content = content.reshape(-1, PAGE_SIZE)[~zero].reshape(-1)
+        sent = self._channel.send_pages(claimed, zero, content.data)
+        zeros = int(np.count_nonzero(zero))
+        self._outbox.count_bulk(zero.size - zeros, zeros, sent)
+
+    def _claim(self, batch: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        sent = self._outbox.sent
+        for first, count in batch:
+            part = sent[first : first + count]
+            if not part.any():
+                part[:] = 1
+                yield first, count
+                continue
+            for index in np.flatnonzero(part == 0).tolist():
+                sent[first + index] = 1
+                yield first + index, 1
+
+    def _pace(self, now: int, *, busy: bool = True) -> None:
+        self._paced_at = now
+        info = tcp.tcp_info(self._channel.socket)
+        self._estimate.sample(info.acknowledged_bytes, info.rtt_us, info.min_rtt_us, busy=busy)
+        rates = [rate for rate in (self._outbox.limit, self._estimate.rate if self._paced else None) if rate]
+        rate = min(rates, default=None)
+        tcp.set_pacing_rate(self._channel.socket, rate)
+        self._outbox.note_rate(int(rate or 0))
+
+
+class Answerer:
+    """Answers the destination's page requests, each page at once and alone."""
+
+    def __init__(self, guest: Guest, outbox: Outbox, channel: Channel) -> None:
+        self._guest = guest
+        self._outbox = outbox
+        self._channel = channel
+        self._page: NDArray[np.uint8] = np.empty(PAGE_SIZE, dtype=np.uint8)
+
+    def serve(self) -> None:
+        """Answer until the stream ends.
+
+        :raise PeerError: the destination sent something that is no request.
+        """
+        sent = self._outbox.sent
+        nothing = memoryview(b"")
+        while True:
+            frame = self._channel.receive()
+            if frame.kind is not Kind.REQUEST:
+                raise PeerError(f"a page request came as {frame.kind.name}")
+            for page in self._channel.requested(frame):
+                if sent[page]:
+                    # On its way already: the bulk took it before the request came.
+                    continue
+                sent[page] = 1
+                self._guest.memory.read_into(page, self._page.data)
+                zero = zero_pages(self._page)
+                octets = self._channel.send_pages([(page, 1)], zero, nothing if zero[0] else self._page.data)
+                self._outbox.count_urgent(1, octets)

@@ -1,0 +1,507 @@
+"""The source's side of a migration, from the command to the end of the source's QEMU.
+
+:class:`Outgoing` is one procedure for all methods: prepare, copy, switch over, finish. Its steps follow the table of
+states; whatever goes wrong before COMMIT is undone here, and the guest runs on at the source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.errors import CancelledError, OutboardError, PeerError, UnreachableError
+from outboard.migrate import messages, ranking
+from outboard.migrate.conversation import Conversation
+from outboard.migrate.desk import Cancel, Desk, Limit
+from outboard.migrate.messages import Message
+from outboard.migrate.method import EARLY_SECONDS, PAUSE_MOST_S, PAUSE_SHARE, WORTH_A_ROUND, Method, Options
+from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.progress import Watch
+from outboard.migrate.report import Round
+from outboard.migrate.sending import Answerer, BulkSender, Done, Say, Send, decode_done, encode_order
+from outboard.migrate.states import Event, Machine, State
+from outboard.migrate.worker import Worker
+from outboard.pages import PAGE_SIZE
+from outboard.pages.content import page_digests
+from outboard.pages.pageset import PageSet
+from outboard.trace.writes import WriteTrace, open_write_trace
+from outboard.vmm.device_state import Departure
+from outboard.vmm.enlighten import chunks
+from outboard.vmm.guest import Guest
+from outboard.vmm.guest_agent import GuestAgent
+from outboard.wire import tls
+from outboard.wire.channel import Channel
+from outboard.wire.frames import Kind
+
+_DEVICES_S = 0.05
+"""What saving and loading the devices takes of an allowed downtime."""
+_STEP_S = 30.0
+"""The longest that any one answer of the peer may take."""
+_HINTS_S = 5.0
+_TICK_S = 0.05
+_DIGEST_PAGES = 256
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The agent that shall take the VM: the host's name in its certificate, and where the agent listens."""
+
+    name: str
+    address: str
+    port: int
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a migration learns on its way, for the summary."""
+
+    hints: str = "not asked for"
+    trace: str | None = None
+    arm_ms: float | None = None
+    stopped_at: float | None = None
+    resume_s: float | None = None
+    blackout_ms: float | None = None
+    resent_pages: int = 0
+    bulk_rate: float | None = None
+    verified: bool | None = None
+    arrived: messages.Arrived | None = None
+    control_bytes: int = 0
+
+
+class Outgoing:
+    """One migration of ``guest`` away from here.
+
+    :param spec: the VM's spec as TOML, for the destination.
+    :param directory: for the unix socket of QEMU's device state.
+    :param identity: the directory of this host's TLS identity.
+
+    Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
+    """
+
+    def __init__(
+        self,
+        migration: str,
+        guest: Guest,
+        destination: Destination,
+        options: Options,
+        *,
+        spec: str,
+        directory: Path,
+        identity: Path,
+        desk: Desk,
+    ) -> None:
+        self.machine = Machine()
+        self.findings = Findings()
+        self.rounds: list[Round] = []
+        self.outbox = Outbox(guest.pages)
+        self.outbox.limit = options.max_bandwidth
+        self.migration = migration
+        self.guest = guest
+        self.destination = destination
+        self.options = options
+        self._spec = spec
+        self._directory = directory
+        self._identity = identity
+        self._desk = desk
+        self.watch = Watch(migration, guest.name, options, self.machine, desk, time.monotonic)
+        self.watch.outbox = self.outbox
+        self._cleanup = contextlib.ExitStack()
+        self._trace: WriteTrace | None = None
+        self._departure: Departure | None = None
+        self._agent: Channel | None = None
+        self._control: Conversation | None = None
+        self._bulk: Worker | None = None
+        self._answerer: Worker | None = None
+        self._inbox: list[Message] = []
+        self._digests = bytearray()
+        self._done: list[Done] = []
+        self._ordered = 0
+        self._cancelled = False
+        self._barriers = 0
+        self._forwarding = threading.Event()
+
+    def run(self) -> None:
+        """Migrate.
+
+        :raise OutboardError: it did not work, and ``machine.safe_at`` says where the VM is: at the source, running, for
+            anything that happens before COMMIT.
+        """
+        try:
+            self._prepare()
+            self._copy()
+            self._switch()
+            self._finish()
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        finally:
+            if self._control is not None:
+                self.findings.control_bytes = self._control.channel.bytes_sent
+            self._cleanup.close()
+
+    def _on(self, event: Event) -> None:
+        self.machine.on(event)
+        self.watch.look(at_once=True)
+
+    def _prepare(self) -> None:
+        self._on(Event.PREPARE)
+        target = self.destination
+        self._agent = tls.connect(target.address, target.port, self._identity, target.name, _STEP_S)
+        self._cleanup.callback(self._agent.close)
+        layout = [(region.first, region.pages, region.gpa) for region in self.guest.regions]
+        prepare = messages.Prepare(migration=self.migration, vm=self.guest.name, spec=self._spec, layout=layout)
+        self._agent.send_message(messages.encode(prepare))
+        if self._wants_trace:
+            self._trace = open_write_trace(self.guest)
+            statistics = self._trace.statistics()
+            self.findings.trace = statistics.backend
+            self.findings.arm_ms = statistics.armed_ns / 1e6
+        ranking.rank_all(self.outbox, self.guest.memory.populated())
+        if self.options.hints and self.options.method is not Method.POST_COPY:
+            self._read_hints()
+        while self._control is None:
+            self._connect_when_prepared(_TICK_S)
+            self._pump(0)
+            if self.watch.elapsed > _STEP_S:
+                raise UnreachableError(f"the agent of {target.name} did not prepare the destination in {_STEP_S:.0f} s")
+
+    @property
+    def _wants_trace(self) -> bool:
+        method = self.options.method
+        return method.rounds or (method is Method.ENLIGHTENED)
+
+    def _read_hints(self) -> None:
+        """Rank pages as the guest classes them, and send the early ones while the next are read."""
+        if self.guest.agent_path is None:
+            self.findings.hints = "none: the VM has no guest agent"
+            return
+        asked = time.monotonic()
+        seen = 0
+        try:
+            with GuestAgent(self.guest.agent_path, timeout=_HINTS_S) as agent:
+                for first, classes in chunks(self.guest, agent, deadline=asked + _HINTS_S):
+                    ranking.rank_classes(self.outbox, first, classes)
+                    seen += classes.size
+                    if self._control is None:
+                        self._connect_when_prepared(0)
+                    elif self.options.method is Method.ENLIGHTENED:
+                        self._order(Send(first, classes.size, ranking.EARLY_UPTO, paced=True))
+                    self._pump(0)
+            self.findings.hints = f"guest agent: {seen} pages classed in {(time.monotonic() - asked) * 1e3:.0f} ms"
+        except (PeerError, UnreachableError, OSError) as error:
+            self.findings.hints = f"{seen} pages classed, then none: {error}" if seen else f"none: {error}"
+
+    def _connect_when_prepared(self, timeout: float) -> None:
+        agent = self._agent
+        if agent is None or not (agent.pending() or select.select([agent.fileno()], [], [], timeout)[0]):
+            return
+        prepared = messages.expect(agent.receive(_STEP_S).payload, messages.Prepared)
+        target = self.destination
+        streams: dict[str, Channel] = {}
+        for role in messages.ROLES:
+            channel = tls.connect(target.address, prepared.port, self._identity, target.name, _STEP_S, self.guest.pages)
+            self._cleanup.callback(channel.close)
+            channel.send_message(
+                messages.encode(messages.Hello(migration=self.migration, role=role, token=prepared.tokens[role]))
+            )
+            streams[role] = channel
+        for channel in streams.values():
+            messages.expect(channel.receive(_STEP_S).payload, messages.Welcome)
+        self._answerer = self._worker("outboard-answer", streams["urgent"], urgent=True)
+        self._bulk = self._worker("outboard-bulk", streams["bulk"], urgent=False)
+        self._control = Conversation(streams["control"])
+        self._departure = Departure(self.guest, self._directory)
+        self._cleanup.callback(self._departure.close)
+        self._on(Event.READY)
+
+    def _worker(self, name: str, channel: Channel, *, urgent: bool) -> Worker:
+        if urgent:
+            worker = Worker(name, lambda _: Answerer(self.guest, self.outbox, channel).serve(), urgent=True)
+        else:
+            worker = Worker(name, lambda link: BulkSender(self.guest, self.outbox, channel, link).serve())
+        self._cleanup.callback(worker.end)
+        return worker
+
+    def _copy(self) -> None:
+        if self.options.method is Method.ENLIGHTENED:
+            self._order(Send(0, self.outbox.pages, ranking.EARLY_UPTO, paced=True, seconds=EARLY_SECONDS))
+            self._await_sent()
+        elif self.options.method.rounds:
+            self._copy_rounds()
+        self._await_placed()
+
+    def _copy_rounds(self) -> None:
+        """Walk all of memory, then what was written meanwhile, until that fits in the downtime or does not shrink."""
+        left = len(self.outbox.unsent())
+        while True:
+            self._order(Send(0, self.outbox.pages, ranking.LAST, paced=False))
+            done = self._await_sent()
+            written = self._written()
+            self.outbox.again(written, ranking.UNCLASSED)
+            before, left = left, len(written)
+            self.rounds.append(Round(sent_pages=before, seconds=done.seconds, dirty_pages=left))
+            self.watch.dirty_rate = left * PAGE_SIZE / done.seconds if done.seconds else None
+            self.findings.resent_pages += left
+            rate = done.octets / done.seconds if done.seconds else 0.0
+            if left * PAGE_SIZE <= rate * max(0.0, self.options.max_downtime - _DEVICES_S):
+                return
+            if self.options.method is Method.HYBRID and left > WORTH_A_ROUND * before:
+                return
+
+    def _written(self, within: PageSet | None = None) -> PageSet:
+        return PageSet(self.outbox.pages) if self._trace is None else self._trace.collect(within)
+
+    def _switch(self) -> None:
+        control, departure = self._control, self._departure
+        if control is None or departure is None:
+            raise AssertionError("a migration that is not prepared cannot switch over")
+        self._on(Event.SWITCH)
+        self._forwarding.set()
+        threading.Thread(target=self._forward, args=(departure, control), name="device-state", daemon=True).start()
+        departure.begin_pause()
+        self.findings.stopped_at = departure.wait_paused(_STEP_S)
+        self._forwarding.clear()
+        self._settle_stale(control)
+        control.send(messages.Final())
+        if self.options.verify:
+            self._send_live(control)
+            self._send_rest()
+            self._verify(control)
+        self._forwarding.set()
+        departure.save()
+        if not self.options.verify:
+            self._send_live(control)
+        self._await_message(messages.Loaded)
+        if self._cancelled:
+            raise CancelledError("cancelled at the switch-over; the VM runs at the source")
+        self._on(Event.COMMIT)
+        control.send(messages.Commit())
+        self._await_message(messages.Resumed)
+        self.findings.blackout_ms = (time.time() - self.findings.stopped_at) * 1e3
+        self.findings.resume_s = self.watch.elapsed
+        self._on(Event.RESUMED)
+
+    def _forward(self, departure: Departure, control: Conversation) -> None:
+        def send(data: memoryview) -> None:
+            self._forwarding.wait()
+            control.send_stream(data)
+
+        # When the peer or the VMM ends meanwhile, the main thread hears of it by its own streams.
+        with contextlib.suppress(OSError, OutboardError):
+            departure.forward(send)
+
+    def _settle_stale(self, control: Conversation) -> None:
+        """In the pause: what was sent and has been written since is sent again as far as time allows, or forgotten."""
+        sent = self.outbox.already_sent()
+        if self.options.method.rounds:
+            stale = self._written()
+            self.outbox.again(stale, ranking.STALE_NOW)
+        else:
+            written = self._written(sent)
+            ranking.revive(self.outbox, written)
+            stale = written & sent
+        if not self.options.method.resumes_early:
+            now, later = stale, PageSet(stale.pages)
+        else:
+            rate = self.outbox.statistics().rate or 100e6
+            seconds = min(PAUSE_MOST_S, PAUSE_SHARE * self.options.max_downtime)
+            now, later = ranking.split_stale(self.outbox, stale & sent, int(seconds * rate / PAGE_SIZE))
+        self.findings.resent_pages += len(stale & sent)
+        if later:
+            self.outbox.again(later, ranking.STALE_LATER)
+            control.send_pages(messages.FORGET, later, messages.Forget())
+        if now:
+            self.outbox.again(now, ranking.STALE_NOW)
+            upto = ranking.STALE_NOW if self.options.method.resumes_early else ranking.LAST
+            self._order(Send(0, self.outbox.pages, upto, paced=False))
+            self._await_sent()
+        if now or later:
+            self._await_placed()
+
+    def _send_live(self, control: Conversation) -> None:
+        """Say which pages are still to come or have come; all others read as zeros."""
+        if self._trace is None:
+            ranking.revive(self.outbox, self.guest.memory.populated())
+        else:
+            # Free when the guest was asked, or without memory then, and written since.
+            written = self._written()
+            ranking.revive(self.outbox, written)
+            if late := written & self.outbox.already_sent():
+                # QEMU itself wrote to them while it saved its devices.
+                self.outbox.again(late, ranking.STALE_LATER)
+                control.send_pages(messages.FORGET, late, messages.Forget())
+        live = PageSet.from_mask(self.outbox.rank != NEVER)
+        control.send_pages(messages.LIVE, live, messages.Live())
+
+    def _send_rest(self) -> None:
+        self._order(Send(0, self.outbox.pages, ranking.LAST, paced=True))
+        done = self._await_sent()
+        if done.seconds and done.octets > 64 * PAGE_SIZE:
+            self.findings.bulk_rate = done.octets / done.seconds
+        self._say(messages.AllSent())
+
+    def _verify(self, control: Conversation) -> None:
+        """Compare the digest of every live page, both guests standing still.
+
+        :raise OutboardError: a page differs.
+        """
+        control.send(messages.Digests())
+        self._await_message(messages.Digests, timeout=120)
+        numbers = np.flatnonzero(self.outbox.rank != NEVER)
+        theirs: NDArray[np.uint64] = np.frombuffer(self._digests, dtype="<u8").astype(np.uint64)
+        ours = digests(self.guest, PageSet.from_mask(self.outbox.rank != NEVER))
+        if theirs.size != ours.size:
+            raise PeerError(f"the destination digested {theirs.size} pages of {ours.size}")
+        different = numbers[theirs != ours]
+        self.findings.verified = not different.size
+        if different.size:
+            raise OutboardError(
+                f"{different.size} of {ours.size} pages of {self.guest.name} differ at the destination, the first is "
+                f"page {different[0]}; the VM goes on at the source"
+            )
+
+    def _finish(self) -> None:
+        if not self.options.verify:
+            self._send_rest()
+        self.findings.arrived = self._await_message(messages.Arrived, timeout=None)
+        self._on(Event.ARRIVED)
+        # The VM is whole over there: what is left here is memory to give back.
+        with contextlib.suppress(UnreachableError):
+            self.guest.monitor.execute("quit")
+
+    def _give_up(self, error: BaseException) -> None:
+        event = Event.CANCEL if isinstance(error, CancelledError) else Event.FAIL
+        if not self.machine.accepts(event):
+            return
+        safe_at_source = self.machine.state in (State.NEW, State.PREPARING, State.COPYING, State.SWITCHING)
+        with contextlib.suppress(OutboardError, OSError):
+            if safe_at_source and self._control is not None:
+                self._control.send(messages.Failed(why=str(error)))
+        for worker in (self._bulk, self._answerer):
+            if worker is not None:
+                worker.end()
+        if safe_at_source:
+            self._undo()
+        self._on(event)
+
+    def _undo(self) -> None:
+        """Leave the guest running at the source as it was before."""
+        self._forwarding.set()
+        if self._control is not None:
+            self._control.channel.close()
+        with contextlib.suppress(OutboardError, OSError):
+            if self._departure is not None:
+                self._departure.undo()
+        with contextlib.suppress(OutboardError, OSError):
+            if self._trace is not None:
+                self._trace.close()
+
+    def _order(self, order: Send) -> None:
+        if self._bulk is None:
+            raise AssertionError("orders need a bulk sender")
+        self._ordered += 1
+        self._bulk.tell(encode_order(order))
+
+    def _say(self, message: Message) -> None:
+        if self._bulk is not None:
+            self._bulk.tell(encode_order(Say(messages.encode(message))))
+
+    def _await_sent(self) -> Done:
+        """Wait until all orders are done; the sum of what they did."""
+        self._until(lambda: len(self._done) >= self._ordered, None)
+        done, self._done, self._ordered = self._done, [], 0
+        return Done(
+            sum(one.octets for one in done), sum(one.seconds for one in done), all(one.complete for one in done)
+        )
+
+    def _await_placed(self) -> None:
+        """Wait until all that the bulk has sent is in the destination's memory."""
+        self._barriers += 1
+        self._say(messages.Barrier(self._barriers))
+        while self._await_message(messages.BarrierPassed).number < self._barriers:
+            continue
+
+    def _await_message(self, kind: type[M], timeout: float | None = _STEP_S) -> M:
+        self._until(lambda: bool(self._inbox), timeout)
+        message = self._inbox.pop(0)
+        if not isinstance(message, kind):
+            raise PeerError(f"the destination sent {type(message).__name__} where {kind.__name__} was due")
+        return message
+
+    def _until(self, ready: Callable[[], bool], timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not ready():
+            self._pump(_TICK_S)
+            if deadline is not None and time.monotonic() > deadline:
+                raise UnreachableError(
+                    f"{self.destination.name} did not answer within {timeout:.0f} s while the migration was "
+                    f"{self.machine.state.value}"
+                )
+
+    def _pump(self, timeout: float) -> None:
+        """Take in whatever anybody has to say."""
+        control = self._control.channel if self._control is not None else None
+        speakers: dict[int, Callable[[], None]] = {self._desk.fileno(): self._take_order}
+        if control is not None:
+            speakers[control.fileno()] = self._take_frame
+        for worker in (self._bulk, self._answerer):
+            if worker is not None:
+                speakers[worker.fileno()] = lambda worker=worker: self._take_report(worker)  # type: ignore[misc]
+        speakers.pop(-1, None)
+        for fd in select.select(list(speakers), [], [], timeout)[0]:
+            speakers[fd]()
+        self.watch.look()
+        if self._cancelled and self.machine.accepts(Event.CANCEL):
+            raise CancelledError("cancelled; the VM runs at the source")
+
+    def _take_order(self) -> None:
+        match self._desk.order():
+            case Cancel():
+                self._cancelled = True
+            case Limit(max_bandwidth):
+                self.outbox.limit = max_bandwidth
+
+    def _take_frame(self) -> None:
+        if self._control is None:
+            return
+        channel = self._control.channel
+        while True:
+            frame = channel.receive(_STEP_S)
+            if frame.kind is Kind.STREAM and self.options.verify:
+                if len(self._digests) + len(frame.payload) > 8 * self.outbox.pages:
+                    raise PeerError("the destination sent more digests than the guest has pages")
+                self._digests += frame.payload
+            elif frame.kind is Kind.MESSAGE:
+                self._inbox.append(messages.decode(frame.payload))
+            else:
+                raise PeerError(f"a {frame.kind.name} frame came where only messages are due")
+            if not channel.pending():
+                return
+
+    def _take_report(self, worker: Worker) -> None:
+        report = worker.hear(0)
+        if report is not None and worker is self._bulk:
+            self._done.append(decode_done.decode(report))
+
+
+def digests(guest: Guest, pages: PageSet) -> NDArray[np.uint64]:
+    """The digest of each of ``pages``, ascending, read through the guest's files."""
+    buffer: NDArray[np.uint8] = np.empty(_DIGEST_PAGES * PAGE_SIZE, dtype=np.uint8)
+    found: list[NDArray[np.uint64]] = []
+    for first, count in pages:
+        for at in range(0, count, _DIGEST_PAGES):
+            part = buffer[: min(_DIGEST_PAGES, count - at) * PAGE_SIZE]
+            guest.memory.read_into(first + at, part.data)
+            found.append(page_digests(part))
+    return np.concatenate(found) if found else np.empty(0, dtype=np.uint64)

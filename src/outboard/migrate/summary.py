@@ -1,0 +1,58 @@
+"""The summary of a migration, from what its source has found out."""
+
+from __future__ import annotations
+
+from outboard.errors import OutboardError
+from outboard.migrate.outbox import NEVER
+from outboard.migrate.report import Summary
+from outboard.migrate.source import Outgoing
+
+_NO_ERROR = 0
+
+
+def summarise(
+    outgoing: Outgoing, *, source: str, started: float, attach_ms: float, error: OutboardError | None
+) -> Summary:
+    """Sum up a migration that has ended.
+
+    :param source: this host's name.
+    :param started: when the command came, in seconds since 1970.
+    """
+    sent = outgoing.outbox.statistics()
+    found = outgoing.findings
+    arrived = found.arrived
+    return Summary(
+        migration=outgoing.migration,
+        vm=outgoing.guest.name,
+        source=source,
+        destination=outgoing.destination.name,
+        method=outgoing.options.method,
+        started=started,
+        state=outgoing.machine.state,
+        safe_at=outgoing.machine.safe_at,
+        error=None if error is None else str(error),
+        total_s=outgoing.watch.elapsed,
+        time_to_resume_s=found.resume_s,
+        blackout_ms=found.blackout_ms,
+        bytes=sent.bulk_bytes + sent.urgent_bytes + found.control_bytes,
+        pages=outgoing.guest.pages,
+        data_pages=sent.data_pages,
+        zero_pages=sent.zero_pages,
+        urgent_pages=sent.urgent_pages,
+        never_sent_pages=int((outgoing.outbox.rank == NEVER).sum()),
+        resent_pages=found.resent_pages,
+        hints=found.hints,
+        trace=found.trace,
+        attach_ms=attach_ms,
+        arm_ms=found.arm_ms,
+        rounds=outgoing.rounds,
+        remote_faults=arrived and arrived.remote_faults,
+        zero_faults=arrived and arrived.zero_faults,
+        minor_faults=arrived and arrived.minor_faults,
+        fault_p50_us=arrived and arrived.fault_p50_us,
+        fault_p99_us=arrived and arrived.fault_p99_us,
+        mapped_before_resume=arrived and arrived.mapped_before_resume,
+        bulk_rate=found.bulk_rate,
+        verified=found.verified,
+        exit_code=_NO_ERROR if error is None else error.exit_code,
+    )

@@ -1,0 +1,158 @@
+"""The fault path: one process that does nothing but serve the faults of one guest.
+
+It polls the userfaultfd and the peer's urgent stream. A fault is answered from here when the page is known to be zero,
+and asked of the peer otherwise; nothing here logs, waits for bulk work or takes a lock. The bulk's process tells us of
+pages that it placed while we waited for them, so that their latency is counted too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import select
+import socket
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.linux.userfaultfd import FaultFlag
+from outboard.pager.latency import Latencies, LatencyHistogram
+from outboard.pager.pager import Pager
+from outboard.pages import PAGE_SIZE
+from outboard.pages.residency import Where
+from outboard.pages.shared import shared_array
+from outboard.stores.peer import PeerStore
+
+_MESSAGE = struct.Struct("<B7xQQQ")
+"""struct uffd_msg of a page fault: event, flags, address, thread."""
+_AT_ONCE = 64
+_PAGE_NUMBER = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class FaultStatistics:
+    """Faults served so far, by where the page came from."""
+
+    remote: int
+    zero: int
+    minor: int
+    raced: int
+    latencies: Latencies
+
+
+class FaultCounters:
+    """The live counts, in memory shared with the engine that reads them.
+
+    Synchronization: the fault process writes, any reads; made before it is forked.
+    """
+
+    def __init__(self) -> None:
+        self.counts: NDArray[np.int64] = shared_array(4, np.int64)
+        self.latency = LatencyHistogram()
+
+    def statistics(self) -> FaultStatistics:
+        """A frozen snapshot."""
+        remote, zero, minor, raced = self.counts.tolist()
+        return FaultStatistics(remote, zero, minor, raced, self.latency.statistics())
+
+
+_REMOTE, _ZERO, _MINOR, _RACED = range(4)
+
+
+class FaultServer:
+    """Serves the faults of ``pager``'s guest from ``peer``.
+
+    :param commands: a datagram socket; ``b"open"`` opens the peer, ``b"stop"`` ends :meth:`serve`; other lengths of
+        eight bytes are page numbers that the bulk has just placed.
+    """
+
+    def __init__(self, pager: Pager, peer: PeerStore, counters: FaultCounters, commands: socket.socket) -> None:
+        self._pager = pager
+        self._peer = peer
+        self._counters = counters
+        self._commands = commands
+        self._messages = bytearray(_MESSAGE.size * _AT_ONCE)
+
+    def serve(self) -> None:
+        """Serve until told to stop.
+
+        :raise UnreachableError: the peer is gone; the faults that wait go on waiting.
+        :raise KernelError: the userfaultfd failed.
+        """
+        uffd, answers = self._pager.uffd.fileno(), self._peer.channel.fileno()
+        poll = select.poll()
+        for fd in (uffd, answers, self._commands.fileno()):
+            poll.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == uffd:
+                    self._faults()
+                elif fd == answers:
+                    self._answers()
+                elif not self._command(self._commands.recv(4096)):
+                    return
+
+    def _command(self, command: bytes) -> bool:
+        if command == b"stop":
+            return False
+        if command == b"open":
+            self._peer.open()
+        else:
+            for (page,) in _PAGE_NUMBER.iter_unpack(command):
+                self._arrived(page)
+        return True
+
+    def _faults(self) -> None:
+        pager, where, counts = self._pager, self._pager.residency.where, self._counters.counts
+        wanted: list[int] = []
+        count = pager.uffd.read_into(self._messages)
+        for index in range(count):
+            _, flags, address, _ = _MESSAGE.unpack_from(self._messages, index * _MESSAGE.size)
+            if flags & FaultFlag.MINOR:
+                pager.map_present(address & -PAGE_SIZE)
+                counts[_MINOR] += 1
+                continue
+            page = pager.page_of(address)
+            # Say that somebody waits before looking where the page is: the bulk looks after it has placed.
+            pager.waiting[page] = 1
+            at = where[page]
+            if at == Where.PEER:
+                wanted.append(page)
+                continue
+            pager.waiting[page] = 0
+            if at == Where.ZERO:
+                pager.place_zero(page)
+                if not self._arrived(page):
+                    counts[_ZERO] += 1
+            else:
+                pager.uffd.wake(address & -PAGE_SIZE, PAGE_SIZE)
+                counts[_RACED] += 1
+        if wanted:
+            self._peer.ask(wanted)
+
+    def _answers(self) -> None:
+        while True:
+            pages = self._peer.receive()
+            address = ctypes.addressof(ctypes.c_char.from_buffer(pages.data)) if len(pages.data) else 0
+            at = index = 0
+            for first, count in pages.runs:
+                for page in range(first, first + count):
+                    if pages.zero[index]:
+                        self._pager.place_zero(page)
+                    else:
+                        self._pager.place(page, pages.data[at : at + PAGE_SIZE], address + at)
+                        at += PAGE_SIZE
+                    index += 1
+                    self._arrived(page)
+            if not self._peer.channel.pending():
+                return
+
+    def _arrived(self, page: int) -> bool:
+        self._pager.waiting[page] = 0
+        waited = self._peer.arrived(page)
+        if waited is None:
+            return False
+        self._counters.latency.record(waited)
+        self._counters.counts[_REMOTE] += 1
+        return True

@@ -1,0 +1,1 @@
+"""Where absent pages live."""

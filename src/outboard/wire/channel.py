@@ -1,0 +1,169 @@
+"""A channel: a TLS stream that carries frames, for code that sits in system calls."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.errors import NotAuthorisedError, UnreachableError
+from outboard.wire import frames
+from outboard.wire.frames import Decoder, Frame, Kind, Pages, PageSetPart
+
+_STALLED = struct.pack("@ll", 30, 0)
+"""struct timeval: how long a peer may take over one record that it has begun."""
+
+
+class Channel:
+    """One stream to another host.
+
+    :param connection: connected and, if it is TLS, past its handshake; blocking. Taken over.
+    :param peer_name: the host's name from its certificate.
+    :param pages: how many pages the guest has that frames may speak of; 0 lets no page frame through.
+
+    Synchronization: OpenSSL lets one thread use a connection at a time, so a lock is held while a record is read or
+    written, and not while one is waited for: one thread may send while another receives. Several senders need a lock of
+    their own. After a fork, one of the two processes uses it.
+    """
+
+    def __init__(self, connection: socket.socket, peer_name: str, pages: int = 0) -> None:
+        self.socket = connection
+        self.peer_name = peer_name
+        self.bytes_sent = 0
+        self._pages = pages
+        self._decoder = Decoder()
+        self._using = threading.Lock()
+        self._tls = connection if isinstance(connection, ssl.SSLSocket) else None
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Blocking, since an exception for each time that nothing waits would cost more than the record. A peer that
+        # stops in the middle of a record is given up after a while by the kernel's own timeouts.
+        connection.settimeout(None)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            connection.setsockopt(socket.SOL_SOCKET, option, _STALLED)
+        self._readable = select.poll()
+        self._readable.register(connection, select.POLLIN)
+        self._ready: Frame | None = None
+
+    def fileno(self) -> int:
+        """Readable when bytes wait in the kernel; see :meth:`pending` for those that no longer do."""
+        return self.socket.fileno()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.socket.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def _send(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        try:
+            with self._using:
+                self.socket.sendall(view)
+        except (OSError, ValueError) as error:
+            raise self._gone(error) from error
+        self.bytes_sent += len(view)
+
+    def _gone(self, error: Exception) -> UnreachableError | NotAuthorisedError:
+        if isinstance(error, ssl.SSLError) and "CERTIFICATE" in str(error.reason or "") + str(error):
+            return NotAuthorisedError(f"{self.peer_name} did not accept this host's certificate: {error}")
+        if isinstance(error, ssl.SSLError) and "ALERT" in str(error.reason or ""):
+            return NotAuthorisedError(f"{self.peer_name} refused this host: {error.reason}")
+        return UnreachableError(f"the connection to {self.peer_name} is gone: {error}")
+
+    def send_message(self, payload: bytes) -> None:
+        """Send a control message."""
+        self._send(frames.header(Kind.MESSAGE, len(payload)) + payload)
+
+    def send_stream(self, data: memoryview) -> None:
+        """Send raw bytes; none end the stream."""
+        self._send(frames.header(Kind.STREAM, len(data)) + bytes(data))
+
+    def send_request(self, pages: list[int]) -> None:
+        """Ask for pages; in as many frames as it takes."""
+        for at in range(0, len(pages), frames.MAX_REQUEST):
+            part = pages[at : at + frames.MAX_REQUEST]
+            body = struct.pack(f"<{len(part)}Q", *part)
+            self._send(frames.header(Kind.REQUEST, len(body)) + body)
+
+    def send_pageset(self, name: int, first: int, bits: memoryview) -> None:
+        """Send a part of a set of pages."""
+        body = frames.pageset_head(name, first) + bytes(bits)
+        self._send(frames.header(Kind.PAGESET, len(body)) + body)
+
+    def send_pages(self, runs: list[tuple[int, int]], zero: NDArray[np.bool_], data: memoryview) -> int:
+        """Send pages.
+
+        :param runs: (first, count) each; :param zero: one bool a page; :param data: of those that are not zero.
+        :return: bytes sent.
+        """
+        head = frames.pages_head(runs, zero)
+        if len(data) <= frames.PAGE:
+            # One record and one packet for the answer to a fault.
+            self._send(head + bytes(data))
+        else:
+            self._send(head)
+            self._send(data)
+        return len(head) + len(data)
+
+    def pending(self) -> bool:
+        """Whether a frame, or part of one, has been received already: poll(2) would not tell."""
+        if self._ready is None:
+            self._ready = self._decoder.next()
+        return self._ready is not None or bool(self._tls is not None and self._tls.pending())
+
+    def receive(self, timeout: float | None = None) -> Frame:
+        """The next frame; its payload is good until the next call.
+
+        :param timeout: seconds to wait for all of it; None waits for ever.
+        :raise UnreachableError: the peer closed the connection, or time is up.
+        :raise PeerError: what came is no frame.
+        """
+        if self._ready is not None:
+            ready, self._ready = self._ready, None
+            return ready
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (frame := self._decoder.next()) is None:
+            self._fill(deadline)
+        return frame
+
+    def _fill(self, deadline: float | None) -> None:
+        buffer = self._decoder.get_buffer()
+        if self._tls is None or not self._tls.pending():
+            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            if not self._readable.poll(left):
+                raise UnreachableError(f"{self.peer_name} sent nothing in time")
+        try:
+            with self._using:
+                size = self.socket.recv_into(buffer)
+        except (OSError, ValueError) as error:
+            raise self._gone(error) from error
+        if not size:
+            raise self._gone(ConnectionResetError(errno.ECONNRESET, "the other side closed it"))
+        self._decoder.buffer_updated(size)
+
+    def pages(self, frame: Frame) -> Pages:
+        """Read a PAGES frame.
+
+        :raise PeerError: it does not add up, or names pages that the guest does not have.
+        """
+        return frames.decode_pages(frame.payload, self._pages)
+
+    def requested(self, frame: Frame) -> tuple[int, ...]:
+        """Read a REQUEST frame; errors as :meth:`pages`."""
+        return frames.decode_request(frame.payload, self._pages)
+
+    def pageset(self, frame: Frame) -> PageSetPart:
+        """Read a PAGESET frame; errors as :meth:`pages`."""
+        return frames.decode_pageset(frame.payload, self._pages)
