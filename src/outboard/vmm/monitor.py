@@ -7,17 +7,18 @@ costs no thread; what QEMU says in between waits in the socket.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate, StateError
+from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from outboard.errors import OutboardError, UnreachableError
+from outboard.vmm import sockets
 
 _KEPT = 1000
-_GONE = (EOFError, ConnectionError, ExecInterruptedError, StateError)
 T = TypeVar("T")
 
 
@@ -25,17 +26,46 @@ class MonitorError(OutboardError):
     """QEMU refused a command."""
 
 
+class _Client(QMPClient):
+    """The library's client with an inbox: a bounded one, that loses nothing when a wait for it is cut short."""
+
+    def __init__(self) -> None:
+        super().__init__("outboard")
+        self.logger.disabled = True
+        self.inbox: deque[dict[str, Any]] = deque(maxlen=_KEPT)
+        self.arrived = asyncio.Event()
+
+    # The library's own hooks spell out every message for its log, which costs more than the command does.
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
+
+    async def _on_message(self, msg: Message) -> None:
+        if "event" not in msg:
+            await super()._on_message(msg)
+            return
+        self.inbox.append({"data": {}, **msg})
+        self.arrived.set()
+
+
 class Monitor:
-    """A connection to one QEMU's monitor.
+    """A connection to one QEMU's monitor; ``peer_pid`` is the process that listens there.
+
+    A command that was not answered in time may still be carried out; the Monitor remains usable, and its late answer is
+    dropped. Once QEMU has ended, every call raises UnreachableError, at once. Of events that nobody asks for the latest
+    thousand are kept.
 
     Synchronization: one thread; a forked process leaves its parent's alone.
     """
 
-    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, client: QMPClient) -> None:
+    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, client: _Client, peer_pid: int) -> None:
         self._path = path
         self._loop = loop
         self._client = client
-        self._events: list[dict[str, Any]] = []
+        self.peer_pid = peer_pid
 
     @classmethod
     def connect(cls, path: Path, timeout: float = 5.0) -> Monitor:
@@ -44,26 +74,46 @@ class Monitor:
         :raise UnreachableError: nobody answers: no such socket, a QEMU that has ended, or one whose monitor is taken by
             somebody else (it has one client at a time).
         """
+        connection = sockets.connect(path, timeout, "the monitor")
+        pid = sockets.peer_pid(connection)
+        connection.setblocking(False)
         loop = asyncio.new_event_loop()
-        client = QMPClient("outboard")
-        client.logger.disabled = True
         try:
-            loop.run_until_complete(asyncio.wait_for(client.connect(str(path)), timeout))
-        except (TimeoutError, ConnectError, OSError, *_GONE) as error:
+            client = _Client()
+            loop.run_until_complete(asyncio.wait_for(client.connect(connection), timeout))
+        except (TimeoutError, OSError, EOFError, QMPError) as error:
+            connection.close()
             loop.close()
-            why = "somebody else is connected to it" if isinstance(error, TimeoutError) else _words(error)
-            raise UnreachableError(f"no answer from the monitor at {path} in {timeout:g} s: {why}") from error
-        return cls(path, loop, client)
+            why = (
+                f"no greeting in {timeout:g} s: somebody else is connected to it (a monitor has one client at a time; "
+                "close the other, or give QEMU a second -qmp), or QEMU is stopped"
+                if isinstance(error, TimeoutError)
+                else _words(error)
+            )
+            raise UnreachableError(f"no answer from the monitor at {path}: {why}") from error
+        return cls(path, loop, client, pid)
 
     def _do(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise UnreachableError(f"{what}: the connection to QEMU at {self._path} has been closed")
+        task = self._loop.create_task(work)
+        timer = self._loop.call_later(timeout, task.cancel)
         try:
-            return self._loop.run_until_complete(asyncio.wait_for(work, timeout))
-        except TimeoutError as error:
+            return self._loop.run_until_complete(task)
+        except asyncio.CancelledError as error:
             raise UnreachableError(f"{what}: QEMU at {self._path} did not answer within {timeout:g} s") from error
         except ExecuteError as error:
             raise MonitorError(f"{what}: QEMU says: {error}") from error
-        except (*_GONE, QMPError) as error:
+        except (EOFError, OSError, QMPError) as error:
             raise UnreachableError(f"{what}: QEMU at {self._path} is gone: {_words(error)}") from error
+        finally:
+            timer.cancel()
+            if not task.done():
+                # Interrupted from outside, by a signal's exception.
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    self._loop.run_until_complete(task)
 
     def execute(self, command: str, timeout: float = 30.0, **arguments: object) -> Any:
         """Execute a command and return its answer.
@@ -86,33 +136,25 @@ class Monitor:
         :return: as QMP has it: ``event``, ``data``, and ``timestamp`` with seconds and microseconds.
         :raise UnreachableError: none came within ``timeout`` seconds, or QEMU has ended.
         """
-        for index, event in enumerate(self._events):
-            if event["event"] in names:
-                return self._events.pop(index)
         return self._do(self._next(names), timeout, f"wait for {' or '.join(sorted(names))}")
 
     async def _next(self, names: Set[str]) -> dict[str, Any]:
+        client = self._client
         while True:
-            event = await self._event_or_end()
-            event.setdefault("data", {})
-            if event["event"] in names:
-                return event
-            self._events = [*self._events[-_KEPT:], event]
-
-    async def _event_or_end(self) -> dict[str, Any]:
-        """The client does not end a waiting listener when QEMU goes away; its state does say so."""
-        waiter = asyncio.ensure_future(self._client.events.get())
-        changed = asyncio.ensure_future(self._client.runstate_changed())
-        try:
-            if self._client.runstate is Runstate.RUNNING or not self._client.events.empty():
-                await asyncio.wait({waiter, changed}, return_when=asyncio.FIRST_COMPLETED)
-            if waiter.done():
-                return dict(waiter.result())
-            raise EOFError("the connection was closed")
-        finally:
-            for task in (waiter, changed):
-                task.cancel()
-            await asyncio.gather(waiter, changed, return_exceptions=True)
+            client.arrived.clear()
+            for index, event in enumerate(client.inbox):
+                if event["event"] in names:
+                    del client.inbox[index]
+                    return event
+            if client.runstate is not Runstate.RUNNING:
+                raise EOFError("the connection was closed")
+            # The client wakes nobody who waits for an event when QEMU ends; its state does.
+            waits = [asyncio.create_task(client.arrived.wait()), asyncio.create_task(_change(client))]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
 
     def close(self) -> None:
         """Disconnect. Idempotent."""
@@ -127,6 +169,11 @@ class Monitor:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+async def _change(client: QMPClient) -> bool:
+    await client.runstate_changed()
+    return True
 
 
 def _words(error: BaseException) -> str:
