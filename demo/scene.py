@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 class Workload:
     """What every arm's VMs do.
 
-    :ivar churn_mib: filled and freed in the VM that moves, before anything else.
+    :ivar churn_mib: filled and freed in the VM that moves, before it does.
     """
 
     kernel: Path
@@ -89,9 +89,9 @@ def play(arm: Arm, workload: Workload, shape: str, say: Say, *, churned: bool = 
             accelerator = _boot(hosts, workload)
             job = Job(bed, EVICTED)
             try:
-                if churned:
-                    job.churn(workload.churn_mib)
                 job.start(workload.working_set_mib, workload.writes_per_s)
+                if churned:
+                    job.churn(workload.churn_mib)  # after the start: the working set would be made of freed pages
                 arm.expect(EVICTED)
                 return _measure(arm, bed, job, workload, say, churned=churned, accelerator=accelerator)
             finally:
