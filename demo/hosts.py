@@ -37,6 +37,8 @@ from typing import IO, TypeVar
 
 from pyroute2 import netns
 
+from . import scheduling
+
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 """The project's root."""
@@ -191,12 +193,14 @@ class Testbed:
         self.name = f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(2)}"
         self.a, self.b, self.client = (Namespace(f"{self.name}-{role}", role) for role in ("a", "b", "client"))
         self.directory = Path(tempfile.gettempdir()) / self.name
+        self._group = scheduling.SchedulingGroup(self.name)
 
     def __enter__(self) -> Testbed:
         sweep()
         try:
             self.directory.mkdir(mode=0o700)
             self._build()
+            self._group.enter()
         except BaseException:
             self.close()
             raise
@@ -237,6 +241,7 @@ class Testbed:
     def close(self) -> None:
         """End what still runs inside and remove everything; idempotent."""
         _remove(self.name)
+        self._group.close()
 
 
 def _end(pids: Sequence[int]) -> None:
@@ -274,5 +279,6 @@ def sweep() -> list[str]:
         pid, _, rest = name.removeprefix(PREFIX).partition("-")
         if pid.isdigit() and _start_time(int(pid)) != rest.partition("-")[0]:
             _remove(name)
+            scheduling.remove(name)
             swept.append(name)
     return swept
