@@ -21,6 +21,8 @@ _LEFT, _RIGHT = 62, 8
 _TOP, _PLOT, _SPACE, _STRIP, _BOTTOM = 30, 150, 10, 26, 24
 _BASE = _TOP + _PLOT + _SPACE + _STRIP
 HEIGHT = _BASE + _BOTTOM
+_SMOOTH = 5
+"""Buckets that the bold line is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,19 @@ def _points(xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def _line(run: Run, vm: str, scale: Scale, style: str) -> str:
+    """The recorded buckets as a faint line, their mean over half a second on top of it."""
     traffic = run.traffic
     rates = np.array(traffic.ops[vm]) / traffic.bucket_s
     seconds = traffic.origin_s - run.outcome.command_at + traffic.bucket_s * (np.arange(len(rates)) + 0.5)
-    seen = (seconds >= -BEFORE_S) & (seconds <= scale.seconds)
-    points = _points([scale.x(s) for s in seconds[seen]], [scale.y(rate) for rate in rates[seen]])
-    return f'<polyline class="{style}" points="{points}"/>'
+    means = np.convolve(rates, np.ones(_SMOOTH) / _SMOOTH, mode="same")
+    means[: _SMOOTH // 2], means[len(means) - _SMOOTH // 2 :] = np.nan, np.nan
+    watched = run.outcome.watched_s  # what comes after it is the checking
+    lines = []
+    for values, kind in ((rates, f"{style} raw"), (means, style)):
+        seen = (seconds >= -BEFORE_S) & (seconds <= min(scale.seconds, watched)) & ~np.isnan(values)
+        points = _points([scale.x(s) for s in seconds[seen]], [scale.y(rate) for rate in values[seen]])
+        lines.append(f'<polyline class="{kind}" points="{points}"/>')
+    return "".join(lines)
 
 
 def _strip(run: Run, scale: Scale) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from outboard.vmm.launch import launch
 from outboard.vmm.registry import Registry
-from outboard.vmm.spec import parse_spec
+from outboard.vmm.spec import read_spec
 
 from .arms import Hosts
 from .figures import Outcome
@@ -55,7 +55,7 @@ class QemuArm:
         """Start the destination's QEMU and let it listen."""
         assert self._hosts is not None
         a, b = self._hosts.bed.a, self._hosts.bed.b
-        spec = parse_spec((self._hosts.bed.directory / f"{vm.name}.toml").read_text(), vm.name)
+        spec = read_spec(self._hosts.runtime(a) / "vms" / vm.name / "spec.toml")
         registry = Registry(self._hosts.runtime(b))
         b.call(lambda: launch(spec, registry, incoming=True))
         self._source, self._destination = self._hosts.monitor(a, vm), self._hosts.monitor(b, vm)

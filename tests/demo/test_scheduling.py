@@ -1,0 +1,44 @@
+"""The scheduling group on the live kernel."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from demo.scheduling import SchedulingGroup, _hierarchy, remove
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="making control groups needs root"),
+    pytest.mark.skipif(_hierarchy() is None, reason="no cpu controller is mounted"),
+]
+
+
+def groups() -> str:
+    return Path("/proc/self/cgroup").read_text()
+
+
+def test_children_are_born_inside_and_everything_is_as_before() -> None:
+    before = groups()
+    name = f"outboard-demo-test-{secrets.token_hex(4)}"
+    group = SchedulingGroup(name)
+    group.enter()
+    try:
+        inside = subprocess.run(["cat", "/proc/self/cgroup"], capture_output=True, text=True, check=True).stdout
+        assert f"/{name}\n" in inside
+    finally:
+        group.close()
+    group.close()
+    assert groups() == before
+
+
+def test_a_group_that_was_left_is_removed_by_its_name() -> None:
+    before = groups()
+    name = f"outboard-demo-test-{secrets.token_hex(4)}"
+    SchedulingGroup(name).enter()
+    remove(name)
+    remove(name)
+    assert groups() == before
