@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import itertools
-import os
+import errno
 import re
-import socket
-import struct
 from pathlib import Path
-from typing import Any
 
-from outboard.errors import KernelError, PeerError, RefusedError, UsageError
+from outboard.errors import KernelError, OutboardError, PeerError, RefusedError, UnreachableError, UsageError
 from outboard.linux import proc
-from outboard.pages import PAGE_SIZE
-from outboard.vmm import memory_map
+from outboard.vmm import command_line, memory_map, refusals
 from outboard.vmm.guest import Guest, Region, VCpu
 from outboard.vmm.memory_map import RamRange
 from outboard.vmm.monitor import Monitor, MonitorError
 
-_UCRED = struct.Struct("3i")
 _HVA = re.compile(r"is 0x([0-9a-f]+)")
-_UFFD_FLAGS = frozenset({"um", "uw", "ui"})
+_REGISTERED = frozenset({"um", "uw", "ui"})
 """VmFlags of smaps: registered with a userfaultfd for missing pages, write-protection, minor faults."""
 
 
@@ -31,168 +23,122 @@ def attach(
 ) -> Guest:
     """Attach to a QEMU by its QMP socket, or by its process.
 
+    A userfaultfd is seen if QEMU holds it. One that only another manager holds is met later: registering ends with
+    EBUSY.
+
     :param name: what to call it; QEMU's own -name when not given.
     :param agent_path: the guest agent's socket; found on QEMU's command line when not given.
     :raise UsageError: neither or both of ``qmp`` and ``pid``.
     :raise RefusedError: the VM cannot be managed; its ``reason`` is ``anonymous-memory``, ``not-shared``, ``no-ram``,
-        ``vfio``, ``vhost-user``, ``confidential``, ``uffd-taken``, ``no-privilege``, ``not-qemu`` or ``no-monitor``.
+        ``vfio``, ``vhost-user``, ``ivshmem``, ``confidential``, ``uffd-taken``, ``no-privilege``, ``not-qemu`` or
+        ``no-monitor``.
     :raise UnreachableError: its monitor does not answer.
     """
     if (qmp is None) == (pid is None):
         raise UsageError("attach takes either a QMP socket or a pid")
-    if qmp is None:
-        qmp = find_monitor(pid or 0)
-    monitor = Monitor.connect(qmp)
+    monitor = None
     try:
-        process = pid or _peer_pid(qmp)
-        name = name or monitor.execute("query-name").get("name") or f"qemu-{process}"
-        _check_devices(name, process, monitor)
-        regions = _regions(name, process, monitor)
-        vcpus = tuple(VCpu(cpu["cpu-index"], cpu["thread-id"]) for cpu in monitor.execute("query-cpus-fast"))
-        return Guest(name, process, regions, vcpus, monitor, agent_path or find_agent(process))
-    except KernelError as error:
-        monitor.close()
-        if isinstance(error, PermissionError) or error.errno in (1, 13):
+        monitor = Monitor.connect(qmp) if qmp is not None else _monitor_of(pid or 0)
+        return _attach(monitor, name, agent_path)
+    except BaseException as error:
+        if monitor is not None:
+            monitor.close()
+        if isinstance(error, KernelError) and error.errno in (errno.EPERM, errno.EACCES):
             raise RefusedError(
                 "no-privilege",
-                f"{name or qmp}: {error}; managing a VM's memory takes CAP_SYS_PTRACE and CAP_SYS_ADMIN (or "
-                "CAP_CHECKPOINT_RESTORE): run as root",
+                f"{name or qmp or f'process {pid}'}: {error}; managing a VM's memory takes CAP_SYS_PTRACE and "
+                "CAP_SYS_ADMIN (or CAP_CHECKPOINT_RESTORE): run as root",
             ) from error
         raise
-    except BaseException:
-        monitor.close()
-        raise
 
 
-def _peer_pid(path: Path) -> int:
-    """Who listens on a unix socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.connect(os.fspath(path))
-        return int(_UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
-
-
-def _options(arguments: list[str], *names: str) -> list[str]:
-    return [value for option, value in itertools.pairwise(arguments) if option.lstrip("-") in names]
-
-
-def _property(option: str, key: str) -> str | None:
-    for part in option.split(","):
-        name, _, value = part.partition("=")
-        if name == key:
-            return value
-    return None
-
-
-def find_monitor(pid: int) -> Path:
-    """The path of a QMP unix socket on the command line of QEMU process ``pid``.
-
-    :raise RefusedError: ``not-qemu``: there is no such process, or it is another program; ``no-monitor``.
-    """
-    try:
-        arguments = proc.command_line(pid)
-    except KernelError as error:
-        raise RefusedError("not-qemu", f"there is no process {pid} to attach to: {error}") from error
-    if "qemu" not in Path(arguments[0]).name:
-        raise RefusedError("not-qemu", f"process {pid} is {arguments[0]}, not a QEMU")
-    control = {
-        chardev
-        for option in _options(arguments, "mon")
-        if "control" in option and (chardev := _property(option, "chardev"))
-    }
-    paths = [
-        option.removeprefix("unix:").partition(",")[0] for option in _options(arguments, "qmp") if "unix:" in option
-    ]
-    for option in _options(arguments, "chardev"):
-        if _property(option, "id") in control and (path := _property(option, "path")):
-            paths.append(path)
+def _monitor_of(pid: int) -> Monitor:
+    """The first monitor on the command line of process ``pid`` that has time for us."""
+    command_line.check_qemu(pid)
+    paths = command_line.monitors(pid)
     if not paths:
         raise RefusedError(
             "no-monitor",
-            f"QEMU process {pid} has no QMP monitor on a unix socket; start it with -qmp unix:PATH,server=on",
+            f"QEMU process {pid} has no QMP monitor on a unix socket; start it with -qmp unix:PATH,server=on,wait=off",
         )
-    # QEMU may see another root or working directory than we do.
-    return (
-        Path(f"/proc/{pid}/root") / paths[0].lstrip("/")
-        if paths[0].startswith("/")
-        else Path(f"/proc/{pid}/cwd") / paths[0]
-    )
+    failure: OutboardError | None = None
+    for path in paths:
+        try:
+            monitor = Monitor.connect(path, timeout=1 if len(paths) > 1 else 5)
+        except UnreachableError as error:
+            failure = failure or error
+            continue
+        if monitor.peer_pid == pid:
+            return monitor
+        failure = RefusedError("no-monitor", f"at {path}, process {monitor.peer_pid} answers instead of QEMU {pid}")
+        monitor.close()
+    assert failure is not None
+    raise failure
 
 
-def find_agent(pid: int) -> Path | None:
-    """The socket of the chardev that serves the port org.qemu.guest_agent.0, if the command line has one."""
+def _attach(monitor: Monitor, name: str | None, agent_path: Path | None) -> Guest:
+    pid = monitor.peer_pid
+    command_line.check_qemu(pid)
+    name = name or monitor.execute("query-name").get("name") or f"qemu-{pid}"
+    links = list(proc.descriptors(pid).values())
+    _check(name, links, monitor)
+    regions = _regions(name, pid, monitor)
+    if any("userfaultfd" in link for link in links):
+        _check_unregistered(name, pid, regions)
+    return Guest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or command_line.agent(pid))
+
+
+def _check(name: str, links: list[str], monitor: Monitor) -> None:
+    types = [
+        str(entry["type"])
+        for place in ("/machine/peripheral", "/machine/peripheral-anon", "/objects")
+        for entry in monitor.execute("qom-list", path=place)
+    ]
     try:
-        arguments = proc.command_line(pid)
-    except KernelError:
-        return None
-    wanted = {
-        _property(option, "chardev")
-        for option in _options(arguments, "device")
-        if _property(option, "name") == "org.qemu.guest_agent.0"
-    }
-    for option in _options(arguments, "chardev"):
-        if _property(option, "id") in wanted and (path := _property(option, "path")):
-            return Path(path)
-    return None
+        guard = monitor.execute("qom-get", path="/machine", property="confidential-guest-support")
+    except MonitorError:
+        # A machine that cannot be confidential has no such property.
+        guard = ""
+    refusals.refuse_confidential(name, guard)
+    refusals.refuse_pinned(name, links, types)
+    refusals.refuse_shared_with_others(name, monitor.human("info network"), types)
+    refusals.refuse_own_faults(name, monitor.execute("query-migrate-capabilities"))
 
 
-def _check_devices(name: str, pid: int, monitor: Monitor) -> None:
-    links = proc.descriptors(pid).values()
-    with contextlib.suppress(MonitorError):
-        if monitor.execute("qom-get", path="/machine", property="confidential-guest-support"):
+def _check_unregistered(name: str, pid: int, regions: tuple[Region, ...]) -> None:
+    """smaps walks the page tables, 9 ms a GiB: look only where there is something to be found."""
+    for start in {region.mapping.start for region in regions}:
+        if _REGISTERED & set(proc.smaps(pid, start).get("VmFlags", "").split()):
             raise RefusedError(
-                "confidential", f"{name} is a confidential VM: its memory is encrypted, and cannot be moved by the host"
+                "uffd-taken",
+                f"{name}: its memory is registered with another userfaultfd (QEMU's post-copy or background snapshot, "
+                "or another manager); let that end first",
             )
-    refuse_pinned(name, list(links))
-    refuse_vhost_user(name, monitor.human("info network"), _device_types(monitor))
 
 
-def refuse_pinned(name: str, links: list[str]) -> None:
-    """Refuse a VM with a passed-through device.
-
-    :param links: what QEMU's descriptors refer to.
-    :raise RefusedError: ``vfio``.
-    """
-    if any(link.startswith("/dev/vfio/") or "kvm-vfio" in link or "[iommufd]" in link for link in links):
-        raise RefusedError(
-            "vfio",
-            f"{name} has a passed-through (VFIO) device: the device writes to pinned memory past any page fault; "
-            "unplug it first",
-        )
-
-
-def refuse_vhost_user(name: str, network: str, device_types: list[str]) -> None:
-    """Refuse a VM whose memory another process maps.
-
-    :param network: the text of ``info network``; :param device_types: of all devices.
-    :raise RefusedError: ``vhost-user``.
-    """
-    if "vhost-user" in network or any("vhost-user" in kind or "vhost-vdpa" in kind for kind in device_types):
-        raise RefusedError(
-            "vhost-user",
-            f"{name} has a vhost-user device: another process maps its memory, and what it writes cannot be traced; "
-            "use a device that QEMU serves itself",
-        )
-
-
-def _device_types(monitor: Monitor) -> list[str]:
-    kinds: list[str] = []
-    for place in ("/machine/peripheral", "/machine/peripheral-anon"):
-        entries: list[dict[str, Any]] = monitor.execute("qom-list", path=place)
-        kinds += [str(entry["type"]) for entry in entries]
-    return kinds
+def _vcpus(name: str, pid: int, monitor: Monitor) -> tuple[VCpu, ...]:
+    """The vCPUs' threads, which will be throttled: they must be QEMU's."""
+    vcpus = tuple(VCpu(cpu["cpu-index"], cpu["thread-id"]) for cpu in monitor.execute("query-cpus-fast"))
+    threads = {thread.tid for thread in proc.threads(pid)}
+    for vcpu in vcpus:
+        if vcpu.tid not in threads:
+            raise PeerError(
+                f"{name}: QEMU says that vCPU {vcpu.index} is thread {vcpu.tid}, which process {pid} does not have; "
+                "a QEMU in a PID namespace of its own cannot be attached to from outside it"
+            )
+    return vcpus
 
 
 def _regions(name: str, pid: int, monitor: Monitor) -> tuple[Region, ...]:
     visible = memory_map.ram_ranges(monitor.human("info mtree -f"))
     # Firmware, video memory and option ROMs are RAM blocks too; they travel with the devices' state.
-    sizes = memory_map.block_sizes(monitor.human("info ramblock"))
+    blocks = memory_map.blocks(monitor.human("info ramblock"))
     backends = {str(memdev.get("id")) for memdev in monitor.execute("query-memdev")}
-    managed = {block: size for block, size in sizes.items() if block.removeprefix("/objects/") in backends}
+    managed = {block: size for block, size in blocks.items() if block.removeprefix("/objects/") in backends}
     if not managed:
         # QEMU makes the default RAM without a backend.
-        managed = {block: size for block, size in sizes.items() if block.endswith(".ram") and size >= 1 << 20}
+        managed = {block: size for block, size in blocks.items() if block.endswith(".ram") and size.size >= 1 << 20}
     ranges = memory_map.widen(visible, managed)
-    maps = proc.maps(pid)
 
     def hva_of(one: RamRange) -> int:
         # Ask at an address that the guest sees as this RAM now, and count back from there.
@@ -207,17 +153,4 @@ def _regions(name: str, pid: int, monitor: Monitor) -> tuple[Region, ...]:
             raise PeerError(f"{name}: `gpa2hva {shown.gpa:#x}` answers {answer.strip()!r}")
         return int(match[1], 16) - shown.gpa + one.gpa
 
-    regions = memory_map.regions_of(name, ranges, hva_of, maps)
-    made: list[Region] = []
-    for region in regions:
-        fields = proc.smaps(pid, region.mapping.start)
-        flags = set(fields.get("VmFlags", "").split())
-        if flags & _UFFD_FLAGS:
-            raise RefusedError(
-                "uffd-taken",
-                f"{name}: its memory is registered with another userfaultfd (QEMU's post-copy or background snapshot, "
-                "or another manager); let that end first",
-            )
-        size = int(fields["KernelPageSize"].split()[0]) * 1024
-        made.append(region if size == PAGE_SIZE else dataclasses.replace(region, page_size=size))
-    return tuple(made)
+    return memory_map.regions_of(name, ranges, hva_of, managed, proc.maps(pid))

@@ -6,8 +6,9 @@ numbers. Both ends of a migration number the same pages, while addresses and fil
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,9 @@ class GuestMemory:
 
     def _pieces(self, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
         """Split a run at region edges: descriptor, byte offset in the file, first page, pages."""
+        last = self._regions[-1]
+        if first < 0 or first + count > last.first + last.pages:
+            raise ValueError(f"pages {first} to {first + count} are not all the guest's")
         for region, fd in zip(self._regions, self._fds, strict=True):
             low = max(first, region.first)
             high = min(first + count, region.first + region.pages)
@@ -87,27 +91,39 @@ class GuestMemory:
     def read_into(self, first: int, buffer: memoryview) -> None:
         """Read whole pages from page ``first`` on; absent ones read as zeros.
 
-        :raise KernelError: the read failed, or came short.
+        :raise KernelError: the read failed, or came short. :raise ValueError: there are no such pages.
         """
         for fd, offset, low, pages in self._pieces(first, len(buffer) // PAGE_SIZE):
             at = (low - first) * PAGE_SIZE
-            size = pages * PAGE_SIZE
-            if os.preadv(fd, [buffer[at : at + size]], offset) != size:
-                raise KernelError(f"read of {pages} pages from page {low} of the guest's file", 5)
+            part = buffer[at : at + pages * PAGE_SIZE]
+            self._whole(os.preadv, fd, part, offset, f"read of {pages} pages from page {low} of the guest's file")
 
     def write(self, first: int, data: memoryview) -> None:
         """Write whole pages from page ``first`` on.
 
-        :raise KernelError: the write came short.
+        :raise KernelError: the write failed, or came short; hugetlbfs takes none. :raise ValueError: no such pages.
         """
         for fd, offset, low, pages in self._pieces(first, len(data) // PAGE_SIZE):
             at = (low - first) * PAGE_SIZE
-            size = pages * PAGE_SIZE
-            if os.pwrite(fd, data[at : at + size], offset) != size:
-                raise KernelError(f"write of {pages} pages at page {low} of the guest's file", 5)
+            part = data[at : at + pages * PAGE_SIZE]
+            self._whole(os.pwritev, fd, part, offset, f"write of {pages} pages at page {low} of the guest's file")
+
+    @staticmethod
+    def _whole(
+        call: Callable[[int, list[memoryview], int], int], fd: int, part: memoryview, offset: int, operation: str
+    ) -> None:
+        try:
+            done = call(fd, [part], offset)
+        except OSError as error:
+            raise KernelError(operation, error.errno or errno.EIO) from error
+        if done != len(part):
+            raise KernelError(f"{operation} came short: {done} of {len(part)} bytes", errno.EIO)
 
     def punch(self, first: int, count: int) -> None:
-        """Free the memory behind a run; it reads as zeros and is unmapped from QEMU."""
+        """Free the memory behind a run; it reads as zeros and is unmapped from QEMU.
+
+        :raise KernelError: the file cannot have holes. :raise ValueError: there are no such pages.
+        """
         for fd, offset, _, pages in self._pieces(first, count):
             fallocate.punch(fd, offset, pages * PAGE_SIZE)
 

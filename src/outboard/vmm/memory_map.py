@@ -22,7 +22,7 @@ _RANGE = re.compile(
 )
 _VIEW = re.compile(r"^FlatView #\d+")
 _SPACE = re.compile(r'^ AS "(?P<name>[^"]*)", root:')
-_BLOCK = re.compile(r"^\s*(?P<name>\S.*?)\s+(?P<size>\d+) (?P<unit>[KMG]iB)\s+0x[0-9a-f]+ 0x(?P<used>[0-9a-f]+) 0x")
+_BLOCK = re.compile(r"^\s*(?P<name>\S.*?)\s+(?P<page>\d+) (?P<unit>[KMG]iB)\s+0x[0-9a-f]+ 0x(?P<used>[0-9a-f]+) 0x")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -34,6 +34,14 @@ class RamRange:
     size: int
     name: str
     offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One of QEMU's RAM blocks; bytes."""
+
+    size: int
+    page_size: int
 
 
 def ram_ranges(mtree: str) -> list[RamRange]:
@@ -60,20 +68,24 @@ def ram_ranges(mtree: str) -> list[RamRange]:
     return found
 
 
-def block_sizes(ramblock: str) -> dict[str, int]:
-    """The size in bytes of each RAM block, from the text of ``info ramblock``."""
+def blocks(ramblock: str) -> dict[str, Block]:
+    """The RAM blocks by name, from the text of ``info ramblock``."""
     matches = (_BLOCK.match(line) for line in ramblock.splitlines())
-    return {match["name"]: int(match["used"], 16) for match in matches if match}
+    return {
+        match["name"]: Block(int(match["used"], 16), int(match["page"]) * _UNITS[match["unit"]])
+        for match in matches
+        if match
+    }
 
 
-def widen(ranges: Iterable[RamRange], sizes: dict[str, int]) -> list[RamRange]:
+def widen(ranges: Iterable[RamRange], managed: dict[str, Block]) -> list[RamRange]:
     """The whole of each memory backend, as ranges that keep one distance between address and offset each.
 
-    :param sizes: of the RAM blocks; a range of a block that is not in it is left out.
+    :param managed: the RAM blocks; a range of a block that is not in it is left out.
     """
     starts: dict[str, dict[int, int]] = {}
     for one in ranges:
-        if one.name in sizes:
+        if one.name in managed:
             lowest = starts.setdefault(one.name, {})
             distance = one.gpa - one.offset
             lowest[distance] = min(lowest.get(distance, one.offset), one.offset)
@@ -82,13 +94,17 @@ def widen(ranges: Iterable[RamRange], sizes: dict[str, int]) -> list[RamRange]:
         ordered = sorted(lowest.items(), key=lambda item: item[1])
         for index, (distance, offset) in enumerate(ordered):
             begin = offset if index else 0
-            end = ordered[index + 1][1] if index + 1 < len(ordered) else sizes[name]
+            end = ordered[index + 1][1] if index + 1 < len(ordered) else managed[name].size
             wide.append(RamRange(begin + distance, end - begin, name, begin))
     return sorted(wide, key=lambda one: one.gpa)
 
 
 def regions_of(
-    guest: str, ranges: list[RamRange], hva_of: Callable[[RamRange], int], maps: list[Mapping]
+    guest: str,
+    ranges: list[RamRange],
+    hva_of: Callable[[RamRange], int],
+    managed: dict[str, Block],
+    maps: list[Mapping],
 ) -> tuple[Region, ...]:
     """Number the pages of ``ranges`` and find each in QEMU's address space.
 
@@ -102,7 +118,7 @@ def regions_of(
         mapping = _mapping_at(guest, hva, one, maps)
         pages = one.size // PAGE_SIZE
         offset = mapping.offset + hva - mapping.start
-        made.append(Region(first, pages, one.gpa, hva, offset, PAGE_SIZE, one.name, mapping))
+        made.append(Region(first, pages, one.gpa, hva, offset, managed[one.name].page_size, one.name, mapping))
         first += pages
     if not made:
         raise RefusedError("no-ram", f"{guest}: QEMU shows no RAM that we could manage")
@@ -110,6 +126,7 @@ def regions_of(
 
 
 def _mapping_at(guest: str, hva: int, one: RamRange, maps: list[Mapping]) -> Mapping:
+    """The mapping at the start of a range, which is one piece of one file, into however many mappings it is cut."""
     holding = next((mapping for mapping in maps if mapping.start <= hva < mapping.end), None)
     if holding is None:
         raise PeerError(f"{guest}: QEMU says that {one.name} is at {hva:#x}, and the kernel has no mapping there")
@@ -119,10 +136,21 @@ def _mapping_at(guest: str, hva: int, one: RamRange, maps: list[Mapping]) -> Map
             f"{guest}: its memory {one.name} is anonymous, private to QEMU; start QEMU with "
             "-object memory-backend-file,share=on,mem-path=/dev/shm/NAME (or memory-backend-memfd,share=on)",
         )
-    if not holding.shared:
-        raise RefusedError(
-            "not-shared",
-            f"{guest}: its memory {one.name} is a file mapped privately, so what the guest writes is not in the file; "
-            "add share=on to the memory backend",
-        )
+    end = hva
+    for mapping in maps:
+        if mapping.start <= end < mapping.end and end < hva + one.size:
+            if not mapping.shared or _place(mapping) != _place(holding):
+                raise RefusedError(
+                    "not-shared",
+                    f"{guest}: its memory {one.name} is mapped privately at {mapping.start:#x}, so what the guest "
+                    "writes is not in the file; add share=on to the memory backend",
+                )
+            end = mapping.end
+    if end < hva + one.size:
+        raise PeerError(f"{guest}: QEMU says that {one.name} goes on at {end:#x}, where the kernel has no mapping")
     return holding
+
+
+def _place(mapping: Mapping) -> tuple[str, int, int]:
+    """The same for all mappings of a file that keep one distance between address and offset."""
+    return mapping.device, mapping.inode, mapping.start - mapping.offset
