@@ -8,7 +8,7 @@ from pathlib import Path
 
 from outboard.errors import KernelError, OutboardError, PeerError, RefusedError, UnreachableError, UsageError
 from outboard.linux import proc
-from outboard.vmm import command_line, memory_map, refusals
+from outboard.vmm import memory_map, qemu_process, refusals
 from outboard.vmm.guest import Guest, Region, VCpu
 from outboard.vmm.memory_map import RamRange
 from outboard.vmm.monitor import Monitor, MonitorError
@@ -54,8 +54,8 @@ def attach(
 
 def _monitor_of(pid: int) -> Monitor:
     """The first monitor on the command line of process ``pid`` that has time for us."""
-    command_line.check_qemu(pid)
-    paths = command_line.monitors(pid)
+    qemu_process.check(pid)
+    paths = qemu_process.monitors(pid)
     if not paths:
         raise RefusedError(
             "no-monitor",
@@ -78,14 +78,14 @@ def _monitor_of(pid: int) -> Monitor:
 
 def _attach(monitor: Monitor, name: str | None, agent_path: Path | None) -> Guest:
     pid = monitor.peer_pid
-    command_line.check_qemu(pid)
+    qemu_process.check(pid)
     name = name or monitor.execute("query-name").get("name") or f"qemu-{pid}"
     links = list(proc.descriptors(pid).values())
     _check(name, links, monitor)
     regions = _regions(name, pid, monitor)
     if any("userfaultfd" in link for link in links):
         _check_unregistered(name, pid, regions)
-    return Guest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or command_line.agent(pid))
+    return Guest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or qemu_process.agent(pid))
 
 
 def _check(name: str, links: list[str], monitor: Monitor) -> None:
