@@ -13,7 +13,7 @@ from rich.console import Console
 from guest.build import build
 
 from .document import save
-from .hosts import ROOT, SHAPES, sweep
+from .hosts import ROOT, SHAPES, TestbedError, sweep
 from .page import render
 from .scene import Workload
 from .session import Session, all_arms
@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """Evict a busy VM from a contended core, by Outboard and by QEMU itself, and compare.
 
-    Exit status: 0 when every arm's VM was verified, 1 when one was not.
+    Exit status: 0 when every arm ran and its VM was verified, else 1.
     """
     signal.signal(signal.SIGTERM, _terminate)
     console = Console(stderr=True)
@@ -54,13 +54,16 @@ def main(
     image = build(ROOT / ".build/guest")
     session = Session(Workload(image.kernel, image.initrd), shape, console)
     session.play_in_turn([arms[name] for name in names], 1 if quick else runs, unchurned=unchurned)
-    document = session.document()
+    try:
+        document = session.document()
+    except TestbedError as error:
+        sys.exit(f"demo: {error}")
     show(document, Console())
     report.write_text(render(document, EVICTED.name))
     console.print(f"report: {report}")
     if json_file is not None:
         save(document, json_file)
-    sys.exit(0 if all(arm.verified for arm in document.arms) else 1)
+    sys.exit(1 if session.failures or not all(arm.verified for arm in document.arms) else 0)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from rich.console import Console
+from rich.text import Text
+
+from outboard.errors import OutboardError
 
 from .arms import Arm
 from .document import Document, Settings, summarise
 from .figures import Run, settle_losses
+from .hosts import TestbedError
 from .machine import machine
 from .outboard_arms import outboard_arms
 from .qemu_arms import qemu_arms
@@ -41,16 +45,21 @@ class Session:
         self._console = console
         self._limits: dict[str, float] = {}
         self._runs: list[Run] = []
+        self.failures = 0
 
     def play(self, arm: Arm, *, churned: bool = True) -> None:
-        """Run an arm once.
-
-        :raise TestbedError: the arm or the testbed failed.
-        """
+        """Run an arm once; one that fails is told and counted in :attr:`failures`, and the session goes on."""
         name = arm.name if churned else f"{arm.name} (unchurned)"
         began = time.monotonic()
         with self._console.status(name) as status:
-            run = play(arm, self._workload, self._shape, lambda what: status.update(f"{name}: {what}"), churned=churned)
+            try:
+                run = play(
+                    arm, self._workload, self._shape, lambda what: status.update(f"{name}: {what}"), churned=churned
+                )
+            except (TestbedError, OutboardError) as error:
+                self.failures += 1
+                self._console.print(f"{name}: [red]failed[/red]: ", Text(str(error)), sep="")
+                return
         self._runs.append(run)
         self._limits[arm.name] = arm.limit_s
         outcome = run.outcome
@@ -67,7 +76,12 @@ class Session:
                     self.play(arm, churned=False)
 
     def document(self) -> Document:
-        """Everything so far."""
+        """Everything so far.
+
+        :raise TestbedError: no run succeeded.
+        """
+        if not self._runs:
+            raise TestbedError("there is nothing to report: no run succeeded")
         settle_losses(self._runs, WINDOW_S)
         workload = self._workload
         return Document(

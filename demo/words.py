@@ -41,8 +41,8 @@ COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("fault_p50_us", "fault p50", "µs", whole),
     ("fault_p99_us", "fault p99", "µs", whole),
     ("ops_before", "ops/s before", "", whole),
-    ("ops_during", "during", "", whole),
-    ("ops_after", "after", "", whole),
+    ("ops_during", "ops/s during", "", whole),
+    ("ops_after", "ops/s after", "", whole),
     ("ops_lost", "ops lost", "", whole),
 )
 """Figure, heading, unit, how it is written; in the order of the columns."""

@@ -83,7 +83,7 @@ def test_the_table_says_the_same(session: Document) -> None:
     show(session, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert "outboard-enlightened (unchurned)" in text
+    assert "(unchurned)" in text
     assert "3.40" in text
     assert "3.20 to 3.60" in text
     assert "did not converge" in text
