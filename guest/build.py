@@ -1,13 +1,13 @@
 """Builds the test guest: a Debian kernel and an initial RAM disk with all that the guest needs.
 
-``python -m guest.build --output DIR`` from the project's root. Debian's packages are fetched by apt into DIR/debs, never
-installed, and unpacked; of them the kernel, the modules it needs for virtio, busybox, qemu-ga and memcached with their
-libraries are taken. ``dirty`` is compiled from dirty.c. The image lies in a directory named by a digest of what is
-in this folder, so that it is built once; remove DIR to have newer packages.
+``python -m guest.build --output DIR`` from the project's root. Debian's packages are fetched by apt into DIR/debs,
+never installed, and unpacked; of them the kernel, the modules it needs for virtio, busybox, qemu-ga and memcached with
+their libraries are taken. ``dirty`` is compiled from dirty.c. The image lies in a directory named by a digest of what
+is in this folder, so that it is built once; remove DIR to have newer packages.
 
-In the guest: the guest agent on the virtio port org.qemu.guest_agent.0, memcached on port 11211, ``dirty`` on port 7000.
-``ip=10.77.0.11`` on the kernel's command line gives eth0 that address with a prefix of 24 bits. The console (ttyS0) says
-``outboard-guest ready`` once all of them listen.
+In the guest: the guest agent on the virtio port org.qemu.guest_agent.0, memcached on port 11211, ``dirty`` on port
+7000. ``ip=10.77.0.11`` on the kernel's command line gives eth0 that address with a prefix of 24 bits. The console
+(ttyS0) says ``outboard-guest ready`` once all of them listen.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _run(*command: str | os.PathLike[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(
-            f"{' '.join(map(os.fspath, command))} exited with {done.returncode}: {done.stderr.strip()}; "
+            f"{' '.join(os.fspath(word) for word in command)} exited with {done.returncode}: {done.stderr.strip()}; "
             "script/bootstrap installs what is needed and fetches apt's lists"
         )
     return done.stdout

@@ -1,65 +1,95 @@
-"""QEMU's command line for a VM whose memory can be managed from outside.
-
-RAM is one file that is mapped shared, which is what lets another process read it, fill it and trace it. Beside it there
-are as few devices as possible: loading their state at the destination is most of a migration's blackout. Hence no VGA,
-no option ROMs, no SATA, no SMBus; each of them would be saved, sent and loaded with every move.
-"""
+"""What the command line of a running QEMU says of its sockets, in the forms that QEMU takes (qemu(1))."""
 
 from __future__ import annotations
 
-import json
+import itertools
+import re
+from pathlib import Path
 
-from outboard.vmm.registry import AGENT_SOCKET, CONSOLE, ENGINE_SOCKET, QMP_SOCKET
-from outboard.vmm.spec import MIB, VmSpec
+import msgspec
 
-_SPARE_DEVICES = "sata=off,smbus=off"
+from outboard.errors import KernelError, RefusedError
+from outboard.linux import proc
 
-
-def _quoted(value: str) -> str:
-    """A value inside an option list, where a comma ends it."""
-    return value.replace(",", ",,")
+_AGENT_PORT = "org.qemu.guest_agent.0"
 
 
-def _monitor(name: str, socket: str) -> list[str]:
+def check_qemu(pid: int) -> None:
+    """See that process ``pid`` runs a QEMU.
+
+    :raise RefusedError: ``not-qemu``: there is no such process, or it is another program.
+    :raise KernelError: EACCES: we may not look.
+    """
+    try:
+        program = Path(f"/proc/{pid}/exe").readlink()
+    except PermissionError as error:
+        raise KernelError(f"readlink of /proc/{pid}/exe", error.errno or 0) from error
+    except OSError as error:
+        raise RefusedError("not-qemu", f"there is no process {pid} to attach to: {error.strerror}") from error
+    if "qemu" not in program.name:
+        raise RefusedError("not-qemu", f"process {pid} is {program}, not a QEMU")
+
+
+def _values(arguments: list[str], *options: str) -> list[dict[str, str]]:
+    """The property lists given to the options: ``first,key=value,...`` or JSON; the first word's key is empty."""
     return [
-        "-chardev",
-        f"socket,id={name},path={socket},server=on,wait=off",
-        "-mon",
-        f"chardev={name},mode=control",
+        _properties(value)
+        for option, value in itertools.pairwise(arguments)
+        if option.startswith("-") and option.lstrip("-") in options
     ]
 
 
-def command_line(spec: VmSpec, *, memory_fd: int, tap_fds: list[int], incoming: bool) -> list[str]:
-    """The arguments, the program included. Sockets and logs are named relative to the VM's directory.
+def _properties(text: str) -> dict[str, str]:
+    if text.startswith("{"):
+        try:
+            return {key: str(value) for key, value in msgspec.json.decode(text, type=dict[str, object]).items()}
+        except msgspec.DecodeError:
+            return {}
+    properties = {}
+    # Two commas are one comma of a value.
+    for place, part in enumerate(re.split(r"(?<!,),(?=(?:,,)*(?!,))", text)):
+        key, equals, value = part.replace(",,", ",").partition("=")
+        if equals:
+            properties[key] = value
+        elif place == 0:
+            properties[""] = key
+    return properties
 
-    :param spec: a settled one.
-    :param memory_fd: the file of the RAM, ``spec.memory_bytes`` long.
-    :param tap_fds: for each network a TAP.
-    :param incoming: wait for a migration instead of starting the guest.
+
+def _path(pid: int, path: str) -> Path:
+    """A path of QEMU's as we see it: its root and its working directory may be others."""
+    return Path(f"/proc/{pid}/root") / path.lstrip("/") if path.startswith("/") else Path(f"/proc/{pid}/cwd") / path
+
+
+def _chardevs(arguments: list[str]) -> dict[str, str]:
+    """The path of each chardev that is a unix socket, by its id."""
+    found = _values(arguments, "chardev")
+    return {one["id"]: one["path"] for one in found if one.get("") == "socket" and "id" in one and "path" in one}
+
+
+def monitors(pid: int) -> list[Path]:
+    """The unix sockets of the QMP monitors of QEMU process ``pid``.
+
+    :raise KernelError: it has ended.
     """
-    machine = f"{spec.machine},accel={spec.accel},memory-backend=ram,usb=off,vmport=off,dump-guest-core=off"
-    if spec.machine.startswith(("q35", "pc-q35")):
-        machine += f",{_SPARE_DEVICES}"
-    # Opened by path, even if the path is a descriptor's: QEMU 8.1 and later leave only such memory out of a migration.
-    memory = f"memory-backend-file,id=ram,share=on,size={spec.memory_bytes},mem-path=/proc/self/fd/{memory_fd}"
-    arguments = [spec.qemu, "-name", f"{spec.name},debug-threads=on", "-machine", machine, "-cpu", spec.cpu]
-    arguments += ["-smp", str(spec.vcpus), "-m", f"{spec.memory_bytes // MIB}M", "-object", memory]
-    arguments += ["-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
-    arguments += _monitor("engine", ENGINE_SOCKET) + _monitor("qmp", QMP_SOCKET)
-    arguments += ["-serial", f"file:{CONSOLE}"]
-    if spec.guest_agent:
-        arguments += ["-device", "virtio-serial-pci,id=serial", "-chardev"]
-        arguments += [f"socket,id=agent,path={AGENT_SOCKET},server=on,wait=off", "-device"]
-        arguments += ["virtserialport,bus=serial.0,chardev=agent,name=org.qemu.guest_agent.0"]
-    if spec.boot is not None:
-        arguments += ["-kernel", spec.boot.kernel, "-append", spec.boot.append]
-        arguments += ["-initrd", spec.boot.initrd] if spec.boot.initrd else []
-    for index, disk in enumerate(spec.disks):
-        file = {"driver": "file", "filename": disk.path, "read-only": disk.read_only}
-        node = {"node-name": f"disk{index}", "driver": disk.format, "read-only": disk.read_only, "file": file}
-        arguments += ["-blockdev", json.dumps(node), "-device", f"virtio-blk-pci,drive=disk{index}"]
-    for index, (network, fd) in enumerate(zip(spec.networks, tap_fds, strict=True)):
-        arguments += ["-netdev", f"tap,id=net{index},fd={fd},vhost=off", "-device"]
-        arguments += [f"virtio-net-pci,netdev=net{index},mac={network.mac},romfile="]
-    arguments += ["-incoming", "defer"] if incoming else []
-    return arguments + spec.extra_args
+    arguments = proc.command_line(pid)
+    direct = [one.get("", "") for one in _values(arguments, "qmp", "qmp-pretty")]
+    paths = [place.removeprefix("unix:") for place in direct if place.startswith("unix:")]
+    chardevs = _chardevs(arguments)
+    for monitor in _values(arguments, "mon"):
+        if monitor.get("mode") == "control":
+            paths.append(chardevs.get(monitor.get("chardev", monitor.get("", "")), ""))
+    return [_path(pid, path) for path in paths if path]
+
+
+def agent(pid: int) -> Path | None:
+    """The socket of the guest agent's port, if the command line has one.
+
+    :raise KernelError: the process has ended.
+    """
+    arguments = proc.command_line(pid)
+    chardevs = _chardevs(arguments)
+    for device in _values(arguments, "device"):
+        if device.get("name") == _AGENT_PORT and (path := chardevs.get(device.get("chardev", ""))):
+            return Path(path) if path.startswith("/") else _path(pid, path)
+    return None
