@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Generic, TypeVar, get_type_hints
 
 from outboard.errors import KernelError
 
@@ -18,7 +19,29 @@ libc.syscall.restype = ctypes.c_long
 libc.ioctl.restype = ctypes.c_int
 libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
+u8 = Annotated[int, ctypes.c_uint8]
+u16 = Annotated[int, ctypes.c_uint16]
+u32 = Annotated[int, ctypes.c_uint32]
+u64 = Annotated[int, ctypes.c_uint64]
+s64 = Annotated[int, ctypes.c_int64]
+
 S = TypeVar("S", bound=ctypes.Structure)
+
+
+def layout(size: int) -> Callable[[type[S]], type[S]]:
+    """Lay a struct out as its annotations say: u8 to s64, in C's order and alignment.
+
+    :param size: what the kernel's struct measures, in bytes; one that comes out otherwise is an ImportError.
+    """
+
+    def lay(struct: type[S]) -> type[S]:
+        hints = get_type_hints(struct, include_extras=True)
+        struct._fields_ = [(name, hints[name].__metadata__[0]) for name in struct.__annotations__]
+        if ctypes.sizeof(struct) != size:
+            raise ImportError(f"struct {struct.__name__} is {ctypes.sizeof(struct)} bytes, the kernel's is {size}")
+        return struct
+
+    return lay
 
 
 def syscall(operation: str, number: int, *arguments: int) -> int:
@@ -53,15 +76,9 @@ class Request(Generic[S]):
             raise KernelError(self.name, ctypes.get_errno())
         return result
 
-    def attempt(self, fd: int, address: int) -> int:
-        """Make the request on a struct at ``address``: the hot path. 0, or a negated errno; no exception."""
-        if libc.ioctl(fd, self.number, address) < 0:
-            return -ctypes.get_errno()
-        return 0
-
 
 def io_request(direction: int, kind: int, number: int, size: int) -> int:
-    """A request number as asm-generic/ioctl.h makes it; ``direction`` is 1 to write, 2 to read, 3 for both."""
+    """A request number as asm-generic/ioctl.h makes it; ``direction``: 0 no argument, 1 _IOW, 2 _IOR, 3 both."""
     return direction << 30 | size << 16 | kind << 8 | number
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import KernelError
-from outboard.linux.libc import Request, io_request
+from outboard.linux.libc import Request, close, io_request, layout, u64
 
 _ROOM = 16384
 _PAGE = 4096
@@ -44,27 +44,23 @@ SOFT_DIRTY_ENTRY = 1 << 55
 """The bit of a classic entry: written since clear_refs was told 4."""
 
 
+@layout(96)
 class pm_scan_arg(ctypes.Structure):
-    _fields_ = (
-        ("size", ctypes.c_uint64),
-        ("flags", ctypes.c_uint64),
-        ("start", ctypes.c_uint64),
-        ("end", ctypes.c_uint64),
-        ("walk_end", ctypes.c_uint64),
-        ("vec", ctypes.c_uint64),
-        ("vec_len", ctypes.c_uint64),
-        ("max_pages", ctypes.c_uint64),
-        ("category_inverted", ctypes.c_uint64),
-        ("category_mask", ctypes.c_uint64),
-        ("category_anyof_mask", ctypes.c_uint64),
-        ("return_mask", ctypes.c_uint64),
-    )
+    size: u64
+    flags: u64
+    start: u64
+    end: u64
+    walk_end: u64
+    vec: u64
+    vec_len: u64
+    max_pages: u64
+    category_inverted: u64
+    category_mask: u64
+    category_anyof_mask: u64
+    return_mask: u64
 
 
-if ctypes.sizeof(pm_scan_arg) != 96:
-    raise ImportError(f"struct pm_scan_arg is {ctypes.sizeof(pm_scan_arg)} bytes, the kernel's is 96")
-
-PAGEMAP_SCAN = Request("PAGEMAP_SCAN", io_request(3, ord("f"), 16, 96), pm_scan_arg)
+PAGEMAP_SCAN = Request("PAGEMAP_SCAN", io_request(3, ord("f"), 16, ctypes.sizeof(pm_scan_arg)), pm_scan_arg)
 
 _NONE = Category(0)
 
@@ -87,7 +83,7 @@ class Pagemap:
     def close(self) -> None:
         """Idempotent."""
         if self._fd >= 0:
-            os.close(self._fd)
+            close(self._fd)
             self._fd = -1
 
     def __enter__(self) -> Pagemap:
@@ -139,13 +135,20 @@ class Pagemap:
         return np.concatenate(found) if found else np.empty((0, 3), dtype=np.uint64)
 
     def entries(self, start: int, pages: int) -> NDArray[np.uint64]:
-        """The classic entries, 8 bytes a page, of ``pages`` pages from byte address ``start`` on."""
+        """The classic entries, 8 bytes a page, of ``pages`` pages from byte address ``start`` on.
+
+        :raise KernelError: ESRCH: the process has ended, or there is no such address.
+        """
         raw = bytearray(8 * pages)
         done = 0
         while done < len(raw):
-            step = os.preadv(self._fd, [memoryview(raw)[done:]], start // _PAGE * 8 + done)
+            operation = f"read of pagemap entries at {start + done // 8 * _PAGE:#x}"
+            try:
+                step = os.preadv(self._fd, [memoryview(raw)[done:]], start // _PAGE * 8 + done)
+            except OSError as error:
+                raise KernelError(operation, error.errno or 0) from error
             if step == 0:
-                raise KernelError(f"read of pagemap entries at {start + done // 8 * _PAGE:#x}", errno.EFAULT)
+                raise KernelError(operation, errno.ESRCH)
             done += step
         return np.frombuffer(raw, dtype=np.uint64)
 

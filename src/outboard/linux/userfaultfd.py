@@ -11,13 +11,15 @@ import errno
 import os
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import BinaryIO
 
 from outboard.errors import KernelError
-from outboard.linux.libc import Request, close, io_request, libc, syscall
+from outboard.linux.libc import Request, S, close, io_request, layout, libc, s64, syscall, u8, u16, u32, u64
 
 SYS_userfaultfd = 323
 UFFD_API = 0xAA
-_DEV_NEW = io_request(0, UFFD_API, 0, 0)
+USERFAULTFD_IOC_NEW = io_request(0, UFFD_API, 0, 0)
+DEVICE = "/dev/userfaultfd"
 
 
 class Features(IntFlag):
@@ -95,87 +97,125 @@ DONTWAKE = 1 << 0
 COPY_WP = 1 << 1
 """Mode of COPY and CONTINUE: map write-protected."""
 
-u8, u16, u32, u64, s64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64
 
-
+@layout(24)
 class uffdio_api(ctypes.Structure):
-    _fields_ = (("api", u64), ("features", u64), ("ioctls", u64))
+    api: u64
+    features: u64
+    ioctls: u64
 
 
+@layout(16)
 class uffdio_range(ctypes.Structure):
-    _fields_ = (("start", u64), ("len", u64))
+    start: u64
+    len: u64
 
 
+@layout(32)
 class uffdio_register(ctypes.Structure):
-    _fields_ = (("start", u64), ("len", u64), ("mode", u64), ("ioctls", u64))
+    start: u64
+    len: u64
+    mode: u64
+    ioctls: u64
 
 
+@layout(40)
 class uffdio_copy(ctypes.Structure):
-    """Also struct uffdio_move, which differs in a name."""
+    """Also struct uffdio_move, whose result has another name."""
 
-    _fields_ = (("dst", u64), ("src", u64), ("len", u64), ("mode", u64), ("copy", s64))
-
-
-class uffdio_range_mode(ctypes.Structure):
-    """struct uffdio_zeropage, uffdio_continue and uffdio_poison, which differ in the name of the result."""
-
-    _fields_ = (("start", u64), ("len", u64), ("mode", u64), ("result", s64))
+    dst: u64
+    src: u64
+    len: u64
+    mode: u64
+    copy: s64
 
 
+@layout(32)
+class uffdio_continue(ctypes.Structure):
+    """Also struct uffdio_zeropage and uffdio_poison, whose results have other names."""
+
+    start: u64
+    len: u64
+    mode: u64
+    mapped: s64
+
+
+@layout(24)
 class uffdio_writeprotect(ctypes.Structure):
     """Also struct uffdio_rwprotect."""
 
-    _fields_ = (("start", u64), ("len", u64), ("mode", u64))
+    start: u64
+    len: u64
+    mode: u64
 
 
+@layout(16)
+class uffdio_set_mode(ctypes.Structure):
+    enable: u64
+    disable: u64
+
+
+@layout(32)
 class uffd_msg(ctypes.Structure):
     """struct uffd_msg as its pagefault arm reads."""
 
-    _fields_ = (
-        ("event", u8),
-        ("reserved1", u8),
-        ("reserved2", u16),
-        ("reserved3", u32),
-        ("flags", u64),
-        ("address", u64),
-        ("ptid", u32),
-        ("reserved4", u32),
-    )
+    event: u8
+    reserved1: u8
+    reserved2: u16
+    reserved3: u32
+    flags: u64
+    address: u64
+    ptid: u32
+    reserved4: u32
 
 
-def _numbered(
-    name: str, number: int, argument: type[ctypes.Structure], direction: int = 3
-) -> Request[ctypes.Structure]:
+def _request(name: str, number: int, argument: type[S], direction: int = 3) -> Request[S]:
     return Request(name, io_request(direction, UFFD_API, number, ctypes.sizeof(argument)), argument)
 
 
-UFFDIO_API = _numbered("UFFDIO_API", 0x3F, uffdio_api)
-UFFDIO_REGISTER = _numbered("UFFDIO_REGISTER", 0, uffdio_register)
-UFFDIO_UNREGISTER = _numbered("UFFDIO_UNREGISTER", 1, uffdio_range, 2)
-UFFDIO_WAKE = _numbered("UFFDIO_WAKE", 2, uffdio_range, 2)
-UFFDIO_COPY = _numbered("UFFDIO_COPY", 3, uffdio_copy)
-UFFDIO_ZEROPAGE = _numbered("UFFDIO_ZEROPAGE", 4, uffdio_range_mode)
-UFFDIO_MOVE = _numbered("UFFDIO_MOVE", 5, uffdio_copy)
-UFFDIO_WRITEPROTECT = _numbered("UFFDIO_WRITEPROTECT", 6, uffdio_writeprotect)
-UFFDIO_CONTINUE = _numbered("UFFDIO_CONTINUE", 7, uffdio_range_mode)
-UFFDIO_POISON = _numbered("UFFDIO_POISON", 8, uffdio_range_mode)
-UFFDIO_RWPROTECT = _numbered("UFFDIO_RWPROTECT", 9, uffdio_writeprotect)
-UFFDIO_SET_MODE = _numbered("UFFDIO_SET_MODE", 10, uffdio_range, 1)
+UFFDIO_API = _request("UFFDIO_API", 0x3F, uffdio_api)
+UFFDIO_REGISTER = _request("UFFDIO_REGISTER", 0, uffdio_register)
+UFFDIO_UNREGISTER = _request("UFFDIO_UNREGISTER", 1, uffdio_range, 2)
+UFFDIO_WAKE = _request("UFFDIO_WAKE", 2, uffdio_range, 2)
+UFFDIO_COPY = _request("UFFDIO_COPY", 3, uffdio_copy)
+UFFDIO_ZEROPAGE = _request("UFFDIO_ZEROPAGE", 4, uffdio_continue)
+UFFDIO_MOVE = _request("UFFDIO_MOVE", 5, uffdio_copy)
+UFFDIO_WRITEPROTECT = _request("UFFDIO_WRITEPROTECT", 6, uffdio_writeprotect)
+UFFDIO_CONTINUE = _request("UFFDIO_CONTINUE", 7, uffdio_continue)
+UFFDIO_POISON = _request("UFFDIO_POISON", 8, uffdio_continue)
+UFFDIO_RWPROTECT = _request("UFFDIO_RWPROTECT", 9, uffdio_writeprotect)
+UFFDIO_SET_MODE = _request("UFFDIO_SET_MODE", 10, uffdio_set_mode, 1)
 
-_EXPECTED_SIZES = {
-    uffdio_api: 24,
-    uffdio_range: 16,
-    uffdio_register: 32,
-    uffdio_copy: 40,
-    uffdio_range_mode: 32,
-    uffdio_writeprotect: 24,
-    uffd_msg: 32,
-}
-for _struct, _size in _EXPECTED_SIZES.items():
-    if ctypes.sizeof(_struct) != _size:
-        raise ImportError(f"struct {_struct.__name__} is {ctypes.sizeof(_struct)} bytes, the kernel's is {_size}")
-
+_ioctl = libc.ioctl
 _ANSWERS = (-errno.EEXIST, -errno.EAGAIN, -errno.ENOENT)
+
+
+_COPY, _MOVE, _ZEROPAGE, _CONTINUE, _POISON = (
+    ctypes.c_ulong(request.number)
+    for request in (UFFDIO_COPY, UFFDIO_MOVE, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON)
+)
+
+
+def _refusal(request: Request[S], at: int, length: int, done: int) -> int:
+    """What a call that failed answers: how far it got, else a refusal that its caller expects; else raise.
+
+    :param done: the struct's result: bytes, or a negated errno where the kernel went so far as to write it.
+    """
+    answer = done or -ctypes.get_errno()
+    if answer > 0 or answer in _ANSWERS:
+        return answer
+    raise KernelError(f"{request.name} of {length} bytes at {at:#x}", -answer)
+
+
+def open_device() -> BinaryIO:
+    """Open /dev/userfaultfd (Linux 6.1), whose owner needs no capability to make a userfaultfd.
+
+    :raise KernelError: ENOENT: the kernel lacks it; EACCES.
+    """
+    try:
+        return open(DEVICE, "r+b", buffering=0)
+    except OSError as error:
+        raise KernelError(f"open of {DEVICE}", error.errno or 0) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +247,12 @@ class Userfaultfd:
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        # A ctypes object, so that no call has to convert it.
+        self._fd = ctypes.c_int(fd)
         self._copy = uffdio_copy()
-        self._copy_at = ctypes.addressof(self._copy)
-        self._mode = uffdio_range_mode()
-        self._mode_at = ctypes.addressof(self._mode)
+        self._copy_at = ctypes.c_void_p(ctypes.addressof(self._copy))
+        self._continue = uffdio_continue()
+        self._continue_at = ctypes.c_void_p(ctypes.addressof(self._continue))
 
     @classmethod
     def open(cls, flags: int = os.O_CLOEXEC | os.O_NONBLOCK) -> Userfaultfd:
@@ -224,24 +265,21 @@ class Userfaultfd:
         except KernelError as error:
             if error.errno != errno.EPERM:
                 raise
-        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fd = int(libc.ioctl(device, _DEV_NEW, flags))
-            if fd < 0:
-                raise KernelError("USERFAULTFD_IOC_NEW", ctypes.get_errno())
-            return cls(fd)
-        finally:
-            os.close(device)
+        with open_device() as device:
+            fd = int(_ioctl(device.fileno(), USERFAULTFD_IOC_NEW, flags))
+        if fd < 0:
+            raise KernelError("USERFAULTFD_IOC_NEW", ctypes.get_errno())
+        return cls(fd)
 
     def fileno(self) -> int:
         """The descriptor; readable when a fault or an event waits."""
-        return self._fd
+        return self._fd.value
 
     def close(self) -> None:
         """Close it. Idempotent. The last close of all unregisters what it holds."""
-        if self._fd >= 0:
-            close(self._fd)
-            self._fd = -1
+        if self._fd.value >= 0:
+            close(self._fd.value)
+            self._fd.value = -1
 
     def __enter__(self) -> Userfaultfd:
         return self
@@ -255,7 +293,7 @@ class Userfaultfd:
         :raise KernelError: EINVAL: it lacks one of them.
         """
         argument = uffdio_api(api=UFFD_API, features=features)
-        UFFDIO_API(self._fd, argument)
+        UFFDIO_API(self._fd.value, argument)
         return Features(argument.features)
 
     def register(self, start: int, length: int, mode: Mode) -> Ioctls:
@@ -264,26 +302,16 @@ class Userfaultfd:
         :raise KernelError: EBUSY: another userfaultfd has it; EINVAL: the mapping cannot do that mode.
         """
         argument = uffdio_register(start=start, len=length, mode=mode)
-        UFFDIO_REGISTER(self._fd, argument)
+        UFFDIO_REGISTER(self._fd.value, argument)
         return Ioctls(argument.ioctls)
 
     def unregister(self, start: int, length: int) -> None:
         """Stop watching; whoever waits for a page there is woken."""
-        UFFDIO_UNREGISTER(self._fd, uffdio_range(start=start, len=length))
+        UFFDIO_UNREGISTER(self._fd.value, uffdio_range(start=start, len=length))
 
     def wake(self, start: int, length: int) -> None:
         """Let threads that wait for pages there look again."""
-        UFFDIO_WAKE(self._fd, uffdio_range(start=start, len=length))
-
-    def _answer(self, request: Request[ctypes.Structure], at: int, result: ctypes.Structure, field: str) -> int:
-        failed = request.attempt(self._fd, at)
-        done = int(getattr(result, field))
-        if not failed or done > 0:
-            return done
-        answer = done if done in _ANSWERS else failed
-        if answer in _ANSWERS:
-            return answer
-        raise KernelError(f"{request.name} of {result.len} bytes", -answer)
+        UFFDIO_WAKE(self._fd.value, uffdio_range(start=start, len=length))
 
     def copy(self, dst: int, src: int, length: int, mode: int = 0) -> int:
         """Place a copy of ``[src, src + length)`` of this process at ``dst``, where it is absent.
@@ -294,44 +322,58 @@ class Userfaultfd:
         """
         argument = self._copy
         argument.dst, argument.src, argument.len, argument.mode, argument.copy = dst, src, length, mode, 0
-        return self._answer(UFFDIO_COPY, self._copy_at, argument, "copy")
+        if _ioctl(self._fd, _COPY, self._copy_at):
+            return _refusal(UFFDIO_COPY, dst, length, argument.copy)
+        return argument.copy
 
     def move(self, dst: int, src: int, length: int, mode: int = 0) -> int:
         """Move pages inside the address space (Linux 6.8, anonymous memory); answers as :meth:`copy`."""
         argument = self._copy
         argument.dst, argument.src, argument.len, argument.mode, argument.copy = dst, src, length, mode, 0
-        return self._answer(UFFDIO_MOVE, self._copy_at, argument, "copy")
-
-    def _ranged(self, request: Request[ctypes.Structure], start: int, length: int, mode: int) -> int:
-        argument = self._mode
-        argument.start, argument.len, argument.mode, argument.result = start, length, mode, 0
-        return self._answer(request, self._mode_at, argument, "result")
+        if _ioctl(self._fd, _MOVE, self._copy_at):
+            return _refusal(UFFDIO_MOVE, dst, length, argument.copy)
+        return argument.copy
 
     def zeropage(self, start: int, length: int, mode: int = 0) -> int:
         """Place pages of zeros where they are absent; answers as :meth:`copy`."""
-        return self._ranged(UFFDIO_ZEROPAGE, start, length, mode)
+        argument = self._continue
+        argument.start, argument.len, argument.mode, argument.mapped = start, length, mode, 0
+        if _ioctl(self._fd, _ZEROPAGE, self._continue_at):
+            return _refusal(UFFDIO_ZEROPAGE, start, length, argument.mapped)
+        return argument.mapped
 
     def continue_(self, start: int, length: int, mode: int = 0) -> int:
-        """Map pages that the file holds already (after a minor fault); answers as :meth:`copy`."""
-        return self._ranged(UFFDIO_CONTINUE, start, length, mode)
+        """Map pages that the file holds already (after a minor fault); answers as :meth:`copy`.
+
+        :raise KernelError: as :meth:`copy`; EFAULT: the file does not hold the first of them.
+        """
+        argument = self._continue
+        argument.start, argument.len, argument.mode, argument.mapped = start, length, mode, 0
+        if _ioctl(self._fd, _CONTINUE, self._continue_at):
+            return _refusal(UFFDIO_CONTINUE, start, length, argument.mapped)
+        return argument.mapped
 
     def poison(self, start: int, length: int, mode: int = 0) -> int:
         """Make accesses to absent pages a memory error, SIGBUS (Linux 6.6); answers as :meth:`copy`."""
-        return self._ranged(UFFDIO_POISON, start, length, mode)
+        argument = self._continue
+        argument.start, argument.len, argument.mode, argument.mapped = start, length, mode, 0
+        if _ioctl(self._fd, _POISON, self._continue_at):
+            return _refusal(UFFDIO_POISON, start, length, argument.mapped)
+        return argument.mapped
 
     def write_protect(self, start: int, length: int, protect: bool = True, dont_wake: bool = False) -> None:
         """Write-protect a range, or lift that and (unless ``dont_wake``) wake whoever waits to write."""
         mode = int(protect) | int(dont_wake) << 1
-        UFFDIO_WRITEPROTECT(self._fd, uffdio_writeprotect(start=start, len=length, mode=mode))
+        UFFDIO_WRITEPROTECT(self._fd.value, uffdio_writeprotect(start=start, len=length, mode=mode))
 
     def rwprotect(self, start: int, length: int, protect: bool = True, dont_wake: bool = False) -> None:
         """Protect a range from reads and writes, or lift that (kernels with UFFD_FEATURE_RWP)."""
         mode = int(protect) | int(dont_wake) << 1
-        UFFDIO_RWPROTECT(self._fd, uffdio_writeprotect(start=start, len=length, mode=mode))
+        UFFDIO_RWPROTECT(self._fd.value, uffdio_writeprotect(start=start, len=length, mode=mode))
 
     def set_mode(self, enable: Features, disable: Features = Features(0)) -> None:  # noqa: B008  # an immutable flag
         """Switch synchronous and asynchronous notification of protected ranges (kernels with UFFD_FEATURE_RWP)."""
-        UFFDIO_SET_MODE(self._fd, uffdio_range(start=enable, len=disable))
+        UFFDIO_SET_MODE(self._fd.value, uffdio_set_mode(enable=enable, disable=disable))
 
     def read_into(self, buffer: bytearray) -> int:
         """Read messages of 32 bytes each into ``buffer``; how many. None waiting is 0. The hot path.
@@ -339,7 +381,7 @@ class Userfaultfd:
         :raise KernelError: the read failed.
         """
         try:
-            return os.readv(self._fd, [buffer]) // 32
+            return os.readv(self._fd.value, [buffer]) // 32
         except BlockingIOError:
             return 0
         except OSError as error:
