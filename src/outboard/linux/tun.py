@@ -5,12 +5,12 @@ A TAP made here is not persistent: it goes when the last descriptor of it is clo
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import os
 import socket
+import struct
 
 from outboard.errors import KernelError
-from outboard.linux.libc import Request, io_request
 
 IFNAMSIZ = 16
 IFF_UP = 0x1
@@ -18,30 +18,21 @@ IFF_TAP = 0x0002
 IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
 
+# These take a struct ifreq whatever their numbers say, and leave nothing in it when they fail.
+TUNSETIFF = 0x400454CA
+SIOCGIFFLAGS = 0x8913
+SIOCSIFFLAGS = 0x8914
+SIOCBRADDIF = 0x89A2
 
-class ifreq(ctypes.Structure):
-    """struct ifreq, as far as flags and indices go."""
-
-    class _Data(ctypes.Union):
-        _fields_ = (("ifr_flags", ctypes.c_short), ("ifr_ifindex", ctypes.c_int), ("_room", ctypes.c_ubyte * 24))
-
-    _anonymous_ = ("data",)
-    _fields_ = (("ifr_name", ctypes.c_char * IFNAMSIZ), ("data", _Data))
-
-
-assert ctypes.sizeof(ifreq) == 40
-
-TUNSETIFF = Request("TUNSETIFF", io_request(1, ord("T"), 202, ctypes.sizeof(ctypes.c_int)), ifreq)
-SIOCGIFFLAGS = Request("SIOCGIFFLAGS", 0x8913, ifreq)
-SIOCSIFFLAGS = Request("SIOCSIFFLAGS", 0x8914, ifreq)
-SIOCBRADDIF = Request("SIOCBRADDIF", 0x89A2, ifreq)
+_IFREQ_FLAGS = struct.Struct(f"{IFNAMSIZ}sh22x")
+_IFREQ_INDEX = struct.Struct(f"{IFNAMSIZ}si20x")
 
 
-def _request(name: str) -> ifreq:
+def _name(name: str) -> bytes:
     encoded = os.fsencode(name)
     if not 0 < len(encoded) < IFNAMSIZ:
         raise ValueError(f"{name!r} is no interface's name: it must have 1 to {IFNAMSIZ - 1} bytes")
-    return ifreq(ifr_name=encoded)
+    return encoded
 
 
 def open_tap(name: str) -> int:
@@ -55,11 +46,9 @@ def open_tap(name: str) -> int:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise KernelError("open of /dev/net/tun", error.errno or 0) from error
-    request = _request(name)
-    request.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
     try:
-        TUNSETIFF(fd, request)
-    except KernelError as error:
+        fcntl.ioctl(fd, TUNSETIFF, _IFREQ_FLAGS.pack(_name(name), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+    except OSError as error:
         os.close(fd)
         raise KernelError(f"TUNSETIFF of {name}", error.errno or 0) from error
     return fd
@@ -70,23 +59,24 @@ def set_up(name: str) -> None:
 
     :raise KernelError: ENODEV: there is none of that name.
     """
-    request = _request(name)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        SIOCGIFFLAGS(control.fileno(), request)
-        request.ifr_flags |= IFF_UP
-        SIOCSIFFLAGS(control.fileno(), request)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            answer = fcntl.ioctl(control, SIOCGIFFLAGS, _IFREQ_FLAGS.pack(_name(name), 0))
+            _, flags = _IFREQ_FLAGS.unpack(answer)
+            fcntl.ioctl(control, SIOCSIFFLAGS, _IFREQ_FLAGS.pack(_name(name), flags | IFF_UP))
+    except OSError as error:
+        raise KernelError(f"SIOCSIFFLAGS of {name}", error.errno or 0) from error
 
 
 def add_to_bridge(bridge: str, name: str) -> None:
     """Make an interface a port of a bridge.
 
-    :raise KernelError: ENODEV: one of the two does not exist, or ``bridge`` is no bridge (EOPNOTSUPP); EBUSY: it is a
+    :raise KernelError: ENODEV: one of the two does not exist; EOPNOTSUPP: ``bridge`` is no bridge; EBUSY: ``name`` is a
         port of another.
     """
-    request = _request(bridge)
     try:
-        request.ifr_ifindex = socket.if_nametoindex(name)
+        index = socket.if_nametoindex(name)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            SIOCBRADDIF(control.fileno(), request)
+            fcntl.ioctl(control, SIOCBRADDIF, _IFREQ_INDEX.pack(_name(bridge), index))
     except OSError as error:
         raise KernelError(f"SIOCBRADDIF of {name} to {bridge}", error.errno or 0) from error
