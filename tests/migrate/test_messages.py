@@ -17,7 +17,7 @@ from outboard.migrate import messages
         messages.Welcome(),
         messages.Barrier(3),
         messages.BarrierPassed(3),
-        messages.Final(),
+        messages.Final(barrier=1),
         messages.Forget(),
         messages.Live(),
         messages.AllSent(),
@@ -43,7 +43,7 @@ def test_anything_else_is_the_peers_fault(payload: bytes) -> None:
     [
         b'{"type":"nothing"}',
         b'{"type":"barrier","number":"three"}',
-        b'{"type":"final","more":1}',
+        b'{"type":"final","barrier":1,"more":1}',
         b'{"number":3}',
         b"[]",
     ],
@@ -60,4 +60,4 @@ def test_a_peer_that_gives_up_is_heard() -> None:
 
 def test_a_message_out_of_turn_is_refused() -> None:
     with pytest.raises(PeerError, match="Final where Welcome"):
-        messages.expect(messages.encode(messages.Final()), messages.Welcome)
+        messages.expect(messages.encode(messages.Final(barrier=1)), messages.Welcome)

@@ -14,7 +14,6 @@ _COMMANDS = {
     "agent": "outboard.cli.agent:agent",
     "attach": "outboard.cli.attach:attach",
     "cancel": "outboard.cli.migrate:cancel",
-    "detach": "outboard.cli.attach:detach",
     "dirty": "outboard.cli.dirty:dirty",
     "doctor": "outboard.cli.doctor:doctor",
     "history": "outboard.cli.history:history",

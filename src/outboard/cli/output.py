@@ -48,7 +48,7 @@ _RATES = {"kbit": 125, "mbit": 125_000, "gbit": 125_000_000, "kb": 1_000, "mb": 
 """Bytes/s in one unit."""
 
 
-class Bandwidth(click.ParamType):
+class Bandwidth(click.ParamType[int]):
     """``1Gbit``, ``500Mbit``, ``100MB``: a rate, as bytes/s."""
 
     name = "rate"
@@ -62,7 +62,7 @@ class Bandwidth(click.ParamType):
         return int(float(match[1]) * _RATES[match[2].lower()])
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType[float]):
     """``300ms`` or ``1.5s``, as seconds."""
 
     name = "time"

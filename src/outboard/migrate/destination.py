@@ -76,6 +76,7 @@ class Incoming:
         self._sets = {name: PageSet(guest.pages) for name in (messages.FORGET, messages.LIVE)}
         self._live: PageSet | None = None
         self._all_sent = False
+        self._passed = 0
         self._mapped_before_resume = 0
 
     def run(self, listener: Listener, tokens: TokenBook) -> None:
@@ -137,8 +138,8 @@ class Incoming:
         arrival = Arrival(self._guest, self._directory)
         self._cleanup.callback(arrival.close)
         control = Conversation(streams["control"])
-        for channel in streams.values():
-            channel.send_message(messages.encode(messages.Welcome()))
+        # On this stream alone: the others belong to the workers from the fork on.
+        control.send(messages.Welcome())
         self._attend(control, faults, bulk, arrival)
         self._settle(control, faults)
 
@@ -147,16 +148,19 @@ class Incoming:
 
         def take_frames() -> None:
             while True:
-                self._take(control.receive(_STEP_S), control, faults, arrival)
+                self._take(control.receive(_STEP_S), control, faults, arrival, hear_bulk)
                 if not control.channel.pending():
                     return
 
-        def take_bulk_report() -> None:
-            report = bulk.hear(0)
+        def hear_bulk(timeout: float = 0) -> None:
+            report = bulk.hear(timeout)
             if report is None:
+                if timeout:
+                    raise PeerError(f"a barrier did not pass within {timeout:.0f} s")
                 return
             match messages.decode(report):
                 case messages.Barrier(number):
+                    self._passed = number
                     control.send(messages.BarrierPassed(number))
                 case _:
                     self._all_sent = True
@@ -165,7 +169,7 @@ class Incoming:
 
         speakers: dict[int, Callable[[], object]] = {
             control.channel.fileno(): take_frames,
-            bulk.fileno(): take_bulk_report,
+            bulk.fileno(): hear_bulk,
             faults.fileno(): lambda: faults.hear(0),
         }
         while not self._complete():
@@ -181,7 +185,14 @@ class Incoming:
             and not np.any(self._pager.residency.where[self._live.mask()] == Where.PEER)
         )
 
-    def _take(self, frame: Frame, control: Conversation, faults: Worker, arrival: Arrival) -> None:
+    def _take(
+        self,
+        frame: Frame,
+        control: Conversation,
+        faults: Worker,
+        arrival: Arrival,
+        hear_bulk: Callable[[float], None],
+    ) -> None:
         if frame.kind is Kind.STREAM:
             if len(frame.payload):
                 arrival.feed(frame.payload)
@@ -195,7 +206,9 @@ class Incoming:
         if frame.kind is not Kind.MESSAGE:
             raise PeerError(f"a {frame.kind.name} frame on the control stream")
         match messages.decode(frame.payload):
-            case messages.Final():
+            case messages.Final(barrier):
+                while self._passed < barrier:
+                    hear_bulk(_STEP_S)
                 faults.tell(b"open")
             case messages.Forget():
                 self._pager.forget(self._sets[messages.FORGET])
@@ -212,7 +225,7 @@ class Incoming:
 
     def _take_part(self, part: PageSetPart) -> None:
         pages = self._sets.get(part.name)
-        if pages is None or self.committed:
+        if pages is None or self._live is not None:
             raise PeerError(f"a page set named {part.name} came where none is due")
         at = part.first // 8
         pages.bits()[at : at + part.bits.size] = part.bits

@@ -16,7 +16,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     """The base of all."""
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """First on each stream: which migration, which of its streams, and the one-time token that lets it in."""
 
     migration: str
@@ -24,55 +24,61 @@ class Hello(Message, tag="hello"):
     token: str
 
 
-class Welcome(Message, tag="welcome"):
-    """The destination's answer to Hello."""
+class Welcome(Message, frozen=True, tag="welcome"):
+    """On the control stream: all streams have been let in, and the destination is ready for pages."""
 
 
-class Barrier(Message, tag="barrier"):
+class Barrier(Message, frozen=True, tag="barrier"):
     """On the bulk stream: all that was sent before has been handed to the kernel. Answered on the control stream."""
 
     number: int
 
 
-class BarrierPassed(Message, tag="barrier-passed"):
+class BarrierPassed(Message, frozen=True, tag="barrier-passed"):
     """All before the barrier has been placed."""
 
     number: int
 
 
-class Final(Message, tag="final"):
-    """The source's memory will not change any more (its guest is paused); page requests may come."""
+class Final(Message, frozen=True, tag="final"):
+    """The source's memory will not change any more: its guest is paused.
+
+    What was sent of it and has changed since is on the bulk stream ahead of this barrier. Once that has passed, device
+    state may be loaded and pages asked for.
+    """
+
+    barrier: int
 
 
-class Forget(Message, tag="forget"):
+class Forget(Message, frozen=True, tag="forget"):
     """The set of pages to forget has been sent (as PAGESET frames): they changed after they were sent."""
 
 
-class Live(Message, tag="live"):
+class Live(Message, frozen=True, tag="live"):
     """The set of live pages has been sent (as PAGESET frames): all others read as zeros."""
 
 
-class AllSent(Message, tag="all-sent"):
+class AllSent(Message, frozen=True, tag="all-sent"):
     """On the bulk stream: every live page has been sent on this stream or the urgent one."""
 
 
-class Digests(Message, tag="digests"):
+class Digests(Message, frozen=True, tag="digests"):
     """The destination is asked for (source), or has sent as raw bytes (destination), a digest of each live page."""
 
 
-class Loaded(Message, tag="loaded"):
+class Loaded(Message, frozen=True, tag="loaded"):
     """QEMU at the destination has taken the device state and waits, stopped."""
 
 
-class Commit(Message, tag="commit"):
+class Commit(Message, frozen=True, tag="commit"):
     """The source gives the VM away and will not run it again."""
 
 
-class Resumed(Message, tag="resumed"):
+class Resumed(Message, frozen=True, tag="resumed"):
     """The VM runs at the destination."""
 
 
-class Arrived(Message, tag="arrived"):
+class Arrived(Message, frozen=True, tag="arrived"):
     """No page is missing at the destination; with it the faults that it took to get there."""
 
     remote_faults: int
@@ -84,13 +90,13 @@ class Arrived(Message, tag="arrived"):
     mapped_before_resume: int
 
 
-class Failed(Message, tag="failed"):
+class Failed(Message, frozen=True, tag="failed"):
     """The sender gives up, and why."""
 
     why: str
 
 
-class Prepare(Message, tag="prepare"):
+class Prepare(Message, frozen=True, tag="prepare"):
     """To the destination's agent: start a QEMU for this VM and be ready for its migration.
 
     ``spec`` is the VM's TOML; ``layout`` the source's memory as (first page, pages, guest-physical start), which the
@@ -103,7 +109,7 @@ class Prepare(Message, tag="prepare"):
     layout: list[tuple[int, int, int]]
 
 
-class Prepared(Message, tag="prepared"):
+class Prepared(Message, frozen=True, tag="prepared"):
     """The agent's answer: where the engine listens, and the token of each stream's role."""
 
     port: int

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.pages.pageset import PageSet, Runs
+from outboard.pages.pageset import PageSet, Runs, shifted
 from outboard.pages.shared import shared_array
 
 NEVER = 255
@@ -51,7 +51,7 @@ class Outbox:
     def due(self, first: int, count: int, rank: int) -> Runs:
         """Runs of the pages in ``[first, first + count)`` whose turn ``rank`` is and that nobody has sent."""
         part = slice(first, first + count)
-        return PageSet.from_mask((self.rank[part] == rank) & (self.sent[part] == 0)).runs() + np.array([first, 0])
+        return shifted(PageSet.from_mask((self.rank[part] == rank) & (self.sent[part] == 0)).runs(), first)
 
     def ranks_due(self, first: int, count: int, upto: int) -> list[int]:
         """Which ranks up to ``upto`` have pages due in ``[first, first + count)``, ascending."""

@@ -49,6 +49,8 @@ _STEP_S = 30.0
 _HINTS_S = 5.0
 _TICK_S = 0.05
 _DIGEST_PAGES = 256
+_UNPACED = 100e6
+"""Bytes/s that a link of unknown rate is taken to carry."""
 
 M = TypeVar("M", bound=Message)
 
@@ -128,8 +130,7 @@ class Outgoing:
         self._done: list[Done] = []
         self._ordered = 0
         self._cancelled = False
-        self._barriers = 0
-        self._forwarding = threading.Event()
+        self._barriers = self._passed = 0
 
     def run(self) -> None:
         """Migrate.
@@ -216,8 +217,7 @@ class Outgoing:
                 messages.encode(messages.Hello(migration=self.migration, role=role, token=prepared.tokens[role]))
             )
             streams[role] = channel
-        for channel in streams.values():
-            messages.expect(channel.receive(_STEP_S).payload, messages.Welcome)
+        messages.expect(streams["control"].receive(_STEP_S).payload, messages.Welcome)
         self._answerer = self._worker("outboard-answer", streams["urgent"], urgent=True)
         self._bulk = self._worker("outboard-bulk", streams["bulk"], urgent=False)
         self._control = Conversation(streams["control"])
@@ -267,21 +267,16 @@ class Outgoing:
         if control is None or departure is None:
             raise AssertionError("a migration that is not prepared cannot switch over")
         self._on(Event.SWITCH)
-        self._forwarding.set()
         threading.Thread(target=self._forward, args=(departure, control), name="device-state", daemon=True).start()
         departure.begin_pause()
         self.findings.stopped_at = departure.wait_paused(_STEP_S)
-        self._forwarding.clear()
         self._settle_stale(control)
-        control.send(messages.Final())
         if self.options.verify:
-            self._send_live(control)
-            self._send_rest()
+            self._send_rest(control)
             self._verify(control)
-        self._forwarding.set()
         departure.save()
-        if not self.options.verify:
-            self._send_live(control)
+        departure.wait_saved(_STEP_S)
+        self._forget_late(control)
         self._await_message(messages.Loaded)
         if self._cancelled:
             raise CancelledError("cancelled at the switch-over; the VM runs at the source")
@@ -291,18 +286,20 @@ class Outgoing:
         self.findings.blackout_ms = (time.time() - self.findings.stopped_at) * 1e3
         self.findings.resume_s = self.watch.elapsed
         self._on(Event.RESUMED)
+        if not self.options.verify:
+            self._send_rest(control)
 
     def _forward(self, departure: Departure, control: Conversation) -> None:
-        def send(data: memoryview) -> None:
-            self._forwarding.wait()
-            control.send_stream(data)
-
         # When the peer or the VMM ends meanwhile, the main thread hears of it by its own streams.
         with contextlib.suppress(OSError, OutboardError):
-            departure.forward(send)
+            departure.forward(control.send_stream)
 
     def _settle_stale(self, control: Conversation) -> None:
-        """In the pause: what was sent and has been written since is sent again as far as time allows, or forgotten."""
+        """In the pause: what was sent and has been written since is sent again as far as time allows, or forgotten.
+
+        Nothing here waits: QEMU saves its devices while the pages travel, and the destination holds what it saves until
+        they are in place.
+        """
         sent = self.outbox.already_sent()
         if self.options.method.rounds:
             stale = self._written()
@@ -311,43 +308,45 @@ class Outgoing:
             written = self._written(sent)
             ranking.revive(self.outbox, written)
             stale = written & sent
-        if not self.options.method.resumes_early:
-            now, later = stale, PageSet(stale.pages)
-        else:
-            rate = self.outbox.statistics().rate or 100e6
+        self.findings.resent_pages += len(stale & sent)
+        if self.options.method.resumes_early:
+            rate = self.outbox.statistics().rate or _UNPACED
             seconds = min(PAUSE_MOST_S, PAUSE_SHARE * self.options.max_downtime)
             now, later = ranking.split_stale(self.outbox, stale & sent, int(seconds * rate / PAGE_SIZE))
-        self.findings.resent_pages += len(stale & sent)
+            upto = ranking.STALE_NOW
+        else:
+            now, later, upto = stale, PageSet(stale.pages), ranking.LAST
         if later:
             self.outbox.again(later, ranking.STALE_LATER)
             control.send_pages(messages.FORGET, later, messages.Forget())
         if now:
             self.outbox.again(now, ranking.STALE_NOW)
-            upto = ranking.STALE_NOW if self.options.method.resumes_early else ranking.LAST
             self._order(Send(0, self.outbox.pages, upto, paced=False))
-            self._await_sent()
-        if now or later:
-            self._await_placed()
+        control.send(messages.Final(self._barrier()))
 
-    def _send_live(self, control: Conversation) -> None:
-        """Say which pages are still to come or have come; all others read as zeros."""
+    def _forget_late(self, control: Conversation) -> None:
+        """QEMU itself may write to the guest's memory while it saves devices: such pages are fetched again."""
+        sent = self.outbox.already_sent()
+        written = self._written(sent)
+        ranking.revive(self.outbox, written)
+        if late := written & sent:
+            self.outbox.again(late, ranking.STALE_LATER)
+            self.findings.resent_pages += len(late)
+            control.send_pages(messages.FORGET, late, messages.Forget())
+
+    def _send_rest(self, control: Conversation) -> None:
+        """Everything that is still to come, and which pages those are; all others read as zeros."""
+        self._order(Send(0, self.outbox.pages, ranking.LAST, paced=True))
         if self._trace is None:
             ranking.revive(self.outbox, self.guest.memory.populated())
         else:
             # Free when the guest was asked, or without memory then, and written since.
-            written = self._written()
-            ranking.revive(self.outbox, written)
-            if late := written & self.outbox.already_sent():
-                # QEMU itself wrote to them while it saved its devices.
-                self.outbox.again(late, ranking.STALE_LATER)
-                control.send_pages(messages.FORGET, late, messages.Forget())
+            ranking.revive(self.outbox, self._written())
         live = PageSet.from_mask(self.outbox.rank != NEVER)
         control.send_pages(messages.LIVE, live, messages.Live())
-
-    def _send_rest(self) -> None:
         self._order(Send(0, self.outbox.pages, ranking.LAST, paced=True))
         done = self._await_sent()
-        if done.seconds and done.octets > 64 * PAGE_SIZE:
+        if done.octets > 64 * PAGE_SIZE:
             self.findings.bulk_rate = done.octets / done.seconds
         self._say(messages.AllSent())
 
@@ -372,8 +371,6 @@ class Outgoing:
             )
 
     def _finish(self) -> None:
-        if not self.options.verify:
-            self._send_rest()
         self.findings.arrived = self._await_message(messages.Arrived, timeout=None)
         self._on(Event.ARRIVED)
         # The VM is whole over there: what is left here is memory to give back.
@@ -397,7 +394,6 @@ class Outgoing:
 
     def _undo(self) -> None:
         """Leave the guest running at the source as it was before."""
-        self._forwarding.set()
         if self._control is not None:
             self._control.channel.close()
         with contextlib.suppress(OutboardError, OSError):
@@ -427,10 +423,13 @@ class Outgoing:
 
     def _await_placed(self) -> None:
         """Wait until all that the bulk has sent is in the destination's memory."""
+        number = self._barrier()
+        self._until(lambda: self._passed >= number, _STEP_S)
+
+    def _barrier(self) -> int:
         self._barriers += 1
         self._say(messages.Barrier(self._barriers))
-        while self._await_message(messages.BarrierPassed).number < self._barriers:
-            continue
+        return self._barriers
 
     def _await_message(self, kind: type[M], timeout: float | None = _STEP_S) -> M:
         self._until(lambda: bool(self._inbox), timeout)
@@ -483,7 +482,11 @@ class Outgoing:
                     raise PeerError("the destination sent more digests than the guest has pages")
                 self._digests += frame.payload
             elif frame.kind is Kind.MESSAGE:
-                self._inbox.append(messages.decode(frame.payload))
+                message = messages.decode(frame.payload)
+                if isinstance(message, messages.BarrierPassed):
+                    self._passed = message.number
+                else:
+                    self._inbox.append(message)
             else:
                 raise PeerError(f"a {frame.kind.name} frame came where only messages are due")
             if not channel.pending():

@@ -205,6 +205,11 @@ class PageSet:
         return f"<PageSet of {len(self)} of {self.pages} pages>"
 
 
+def shifted(runs: Runs, by: int) -> Runs:
+    """The same runs, ``by`` pages further on."""
+    return np.column_stack((runs[:, 0] + by, runs[:, 1]))
+
+
 def chop(runs: Runs, most: int) -> Runs:
     """Cut ``runs`` so that none is longer than ``most`` pages; the order stays."""
     if not runs.size:

@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from outboard.errors import KernelError, RefusedError
 from outboard.linux import pagemap, pidfd, proc, ptrace
 from outboard.linux.pagemap import Category, Pagemap
-from outboard.linux.userfaultfd import FaultFlag, Features, Mode, Userfaultfd, available_features
+from outboard.linux.userfaultfd import Fault, FaultFlag, Features, Mode, Userfaultfd, available_features
 from outboard.pages import PAGE_SIZE
-from outboard.pages.pageset import PageSet, Runs
+from outboard.pages.pageset import PageSet, Runs, shifted
 from outboard.vmm.guest import Guest, Region
 
 _NEAR = 512
@@ -105,7 +105,8 @@ class WriteTrace(ABC):
         mask = within.mask()[region.first : region.first + region.pages]
         blocks = np.zeros(-(-region.pages // _NEAR) * _NEAR, dtype=np.bool_)
         blocks[: region.pages] = mask
-        near = PageSet.from_mask(blocks.reshape(-1, _NEAR).any(axis=1)).runs() * _NEAR
+        touched: NDArray[np.bool_] = np.logical_or.reduce(blocks.reshape(-1, _NEAR), axis=1)
+        near = PageSet.from_mask(touched).runs() * _NEAR
         ends = np.minimum(near[:, 0] + near[:, 1], region.pages)
         return [
             (region.hva + first * PAGE_SIZE, region.hva + end * PAGE_SIZE)
@@ -210,9 +211,9 @@ class MessageTrace(_Registered):
             if not poll.poll(50):
                 continue
             for message in uffd.read():
-                address = getattr(message, "address", None)
-                if address is None or not message.flags & FaultFlag.WP:
+                if not isinstance(message, Fault) or not message.flags & FaultFlag.WP:
                     continue
+                address = message.address
                 for region in self._guest.regions:
                     if region.hva <= address < region.hva + region.pages * PAGE_SIZE:
                         per = region.page_size // PAGE_SIZE
@@ -223,7 +224,7 @@ class MessageTrace(_Registered):
     def _scan(self, region: Region, start: int, end: int) -> Runs:
         first = region.first + (start - region.hva) // PAGE_SIZE
         last = region.first + (end - region.hva) // PAGE_SIZE
-        runs = PageSet.from_mask(self._written[first:last]).runs() + np.array([first, 0])
+        runs = shifted(PageSet.from_mask(self._written[first:last]).runs(), first)
         # A page noted here is unprotected: no fault can mark it between these two lines, and whoever reads its content
         # does so after both.
         for run_first, count in runs.tolist():
@@ -242,7 +243,6 @@ class SoftDirtyTrace(WriteTrace):
     """The oldest back end: stops the VMM while it reads and clears."""
 
     backend = "soft-dirty"
-    _SOFT_DIRTY = np.uint64(1 << 55)
 
     def __init__(self, guest: Guest) -> None:
         super().__init__(guest)
@@ -269,7 +269,8 @@ class SoftDirtyTrace(WriteTrace):
     def _scan(self, region: Region, start: int, end: int) -> Runs:
         entries = self._pagemap.entries(start, (end - start) // PAGE_SIZE)
         first = region.first + (start - region.hva) // PAGE_SIZE
-        return PageSet.from_mask((entries & self._SOFT_DIRTY) != 0).runs() + np.array([first, 0])
+        dirty: NDArray[np.bool_] = (entries & np.uint64(pagemap.SOFT_DIRTY_ENTRY)) != 0
+        return shifted(PageSet.from_mask(dirty).runs(), first)
 
     def close(self) -> None:
         self._pagemap.close()

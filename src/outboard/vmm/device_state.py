@@ -38,7 +38,7 @@ def _wait_status(monitor: Monitor, wanted: str, timeout: float) -> None:
         status = monitor.wait_event({"MIGRATION"}, timeout)["data"]["status"]
         if status == wanted:
             return
-        if status in ("failed", "cancelled", "completed"):
+        if status in {"failed", "cancelled", "completed"}:
             answer = monitor.execute("query-migrate")
             why = answer.get("error-desc", status) if isinstance(answer, dict) else status
             raise OutboardError(f"QEMU could not move its device state: waited for {wanted}, got {why}")
@@ -86,6 +86,10 @@ class Departure:
     def save(self) -> None:
         """Let QEMU go on to save its devices."""
         self._guest.monitor.execute("migrate-continue", state="pre-switchover")
+
+    def wait_saved(self, timeout: float) -> None:
+        """Wait until QEMU has put all of the state into the socket."""
+        _wait_status(self._guest.monitor, "completed", timeout)
 
     def forward(self, send: Callable[[memoryview], None]) -> None:
         """Hand the stream on until QEMU closes it; an empty view is its end."""

@@ -5,9 +5,10 @@ that fills it turns 100 us into milliseconds. So the bulk is paced just below wh
 the pacing (SO_MAX_PACING_RATE, which needs no fq qdisc).
 
 What the link carries is learned as TCP Vegas learns it. At first the bulk runs free, until goodput stops growing or a
-queue stands. Then the pace creeps up by a percent every 40 ms as long as round trips are short; when they are long, the
-goodput of that moment is the link's rate, and the pace stays below it for a while. Goodput is counted over 40 ms from
-the bytes acknowledged: the kernel's own delivery rate would take a token bucket's burst for the rate of the link.
+queue stands. Then the pace follows three signs, looked at every 40 ms. Round trips are short: creep up. They are long,
+and the goodput is less than the pace: the link carries that much and no more. They are long, though the link carries
+what we send: the queue is somebody else's, or an old one of ours; yield a little, to let it drain. Goodput is counted
+from the bytes acknowledged: the kernel's own delivery rate would take a token bucket's burst for the rate of the link.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from collections.abc import Callable
 _WINDOW_S = 0.04
 _BELOW = 0.95
 _CREEP = 1.01
-_HOLD_S = 2.0
+_RECOVER = 1.05
+"""The creep while the pace is below what the link has carried before."""
+_YIELD = 0.98
+_LEAST = 0.8
+"""Yielding stops at this share of what the link has carried."""
+_SHORT = 0.9
+_HOLD_S = 0.5
 _GROWTH = 1.1
 _QUEUE_US = 1500
 """A smoothed round trip this much above the least one: more than one burst of the sender's own stands in the queue."""
@@ -62,13 +69,16 @@ class LinkEstimate:
             self._best = max(self._best, goodput)
             if self._flat >= _FLAT_WINDOWS or (queued and self._flat):
                 self._link = self._best
-                self._hold_until = now + _HOLD_S
-        elif queued:
-            if now >= self._hold_until or goodput < self._link:
-                self._link = min(self._link, goodput)
+        elif not queued:
+            if now >= self._hold_until:
+                self._link *= _RECOVER if self._link < self._best else _CREEP
+        else:
             self._hold_until = now + _HOLD_S
-        elif now >= self._hold_until and goodput > 0.9 * _BELOW * self._link:
-            self._link *= _CREEP
+            if goodput < _SHORT * _BELOW * self._link:
+                self._link = max(goodput, self._link / 2)
+                self._best = max(self._link, self._best * _YIELD)
+            else:
+                self._link = max(self._link * _YIELD, _LEAST * self._best)
 
     @property
     def rate(self) -> float | None:
