@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -46,6 +47,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     :ivar command_at: CLOCK_MONOTONIC when the product's server (QEMU's monitor, Outboard's agent) was asked.
     :ivar total_s: None when it did not converge.
     :ivar note: for the reader of the report; empty when all is as it should be.
+    :ivar summary: the product's own account, as it gave it.
     """
 
     command_at: float
@@ -58,6 +60,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     fault_p50_us: float | None = None
     fault_p99_us: float | None = None
     note: str = ""
+    summary: dict[str, Any] | None = None
 
     @property
     def during_s(self) -> float:

@@ -113,6 +113,7 @@ class OutboardArm:
             remote_faults=summary["remote_faults"],
             fault_p50_us=summary["fault_p50_us"],
             fault_p99_us=summary["fault_p99_us"],
+            summary=summary,
         )
         if outcome.converged:
             if stop is None or resume is None:
@@ -134,9 +135,11 @@ class OutboardArm:
         """Migrate back to host A, paused at the switch-over until every page's digest was compared."""
         assert self._hosts is not None
         bed = self._hosts.bed
-        output = self._hosts.outboard(
-            bed.b, "migrate", vm.name, "a", f"--{self.method}", "--verify", "-o", "ndjson", "--wait"
-        )
+        command = ("migrate", vm.name, "a", f"--{self.method}", "--verify", "-o", "ndjson", "--wait")
+        try:
+            output = self._hosts.outboard(bed.b, *command)
+        except TestbedError as error:
+            return [f"{error}\n{self._agents_logs()}"]
         verified = msgspec.json.decode(output.splitlines()[-1])["verified"]
         return [] if verified is True else ["digests at the switch-over differ"]
 

@@ -13,14 +13,11 @@ from .figures import AFTER_S, BEFORE_S, SETTLE_S, Run
 from .hosts import LINK_BYTES_PER_S
 from .words import COLUMNS, extremes, median, percent
 
+_HEADLINES = ("blackout_ms", "longest_gap_ms", "total_s", "bytes", "ops_lost")
 _WIDEST_S = 40.0
 """Seconds after the command that the charts reach at most; what is longer is cut."""
 
 PAGE = Template(Path(__file__).with_name("page.html").read_text())
-
-
-def _ratio(ours: float | None, peer: float | None) -> str | None:
-    return None if ours is None or not peer else f"{ours / peer:.2f}"
 
 
 def _arm(document: Document, name: str) -> Arm | None:
@@ -34,15 +31,14 @@ def _headline(document: Document) -> str:
     cells = []
     for figure, heading, unit, write in COLUMNS:
         mine, other = getattr(ours, figure), getattr(peer, figure)
-        ratio = _ratio(mine, other)
-        if figure in ("total_s", "bytes", "longest_gap_ms", "blackout_ms", "ops_lost") and ratio is not None:
+        if figure in _HEADLINES and mine is not None and other:
             cells.append(
-                f"<div><b>{write(mine)} {unit}</b><span>{heading}; QEMU: {write(other)} {unit}. "
-                f"Ratio {ratio}</span></div>"
+                f"<div><span>{heading}</span><b>{write(mine)} {unit}</b>"
+                f"<span>QEMU {write(other)} {unit}; ratio {mine / other:.2f}</span></div>"
             )
     return (
         f'<div class="headline">{"".join(cells)}</div>'
-        "<p class=note>outboard-enlightened against QEMU's own post-copy with preemption, medians of this session.</p>"
+        '<p class="note">outboard-enlightened beside QEMU\'s own post-copy with preemption, in this session.</p>'
     )
 
 

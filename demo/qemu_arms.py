@@ -92,8 +92,9 @@ class QemuArm:
             stop, resume = source.event("STOP", 5), destination.event("RESUME", 5)
             outcome.time_to_stop_s = None if stop is None else stop.at - outcome.command_at
             outcome.time_to_resume_s = None if resume is None else resume.at - outcome.command_at
+        outcome.summary = _figures(source)
         if self.post_copy:
-            outcome.remote_faults = _figures(source)["ram"]["postcopy-requests"]
+            outcome.remote_faults = outcome.summary["ram"]["postcopy-requests"]
             blocked = _figures(destination).get("postcopy-blocktime")
             if blocked is not None:
                 outcome.note = f"the vCPU waited {blocked} ms in all for remote pages (postcopy-blocktime)"
