@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from outboard.linux.pagemap import has_pagemap_scan, has_soft_dirty
-from outboard.linux.userfaultfd import Features, available_features
+from outboard.linux.userfaultfd import DEVICE, Features, available_features
 
 
 def _kernel(feature: Features) -> Callable[[], bool]:
@@ -23,6 +24,7 @@ _CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (lambda: os.geteuid() == 0, "needs root"),
     "rwp": (_kernel(Features.RWP), "the kernel has no UFFD_FEATURE_RWP"),
     "soft-dirty": (has_soft_dirty, "the kernel has no soft-dirty pages (CONFIG_MEM_SOFT_DIRTY)"),
+    "userfaultfd-device": (Path(DEVICE).exists, f"the kernel has no {DEVICE} (Linux 6.1)"),
     "wp-async": (_kernel(Features.WP_ASYNC), "the kernel has no UFFD_FEATURE_WP_ASYNC (Linux 6.7)"),
 }
 

@@ -5,17 +5,27 @@
 //   t             read every page and print "touched SUM FAULTS"
 //   g             start THREADS writers, each counting in a slot of its own in random pages
 //   s             stop them and print "bad N of OPS": slots that differ from the thread's own count
-//   k             print how many SIGUSR1 have come
+//   k             print how many SIGUSR1 have come, and the value that the last one carried
+//   d PAGE COUNT  MADV_DONTNEED of COUNT pages
+//   b             block all signals in this thread
+//   u             become nobody, without capabilities
+//   f             have a seccomp filter trap getppid
+//   x             execute this program again, which prints "ready" again
 //   q             end
 #define _GNU_SOURCE
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static volatile uint8_t *region;
@@ -25,7 +35,24 @@ static volatile sig_atomic_t signals;
 
 struct writer { pthread_t thread; int number; uint64_t operations, bad; };
 
-static void on_signal(int number) { (void)number; signals++; }
+static volatile sig_atomic_t value_sent;
+
+static void on_signal(int number, siginfo_t *info, void *context) {
+    (void)number; (void)context;
+    signals++;
+    value_sent = info->si_value.sival_int;
+}
+
+static int trap_getppid(void) {
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_getppid, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {4, code};
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+}
 
 static void *write_randomly(void *argument) {
     struct writer *self = argument;
@@ -59,7 +86,8 @@ int main(int count, char **arguments) {
     if (region == MAP_FAILED) return 4;
     pages = bytes / 4096;
     for (size_t page = 0; page < pages; page++) *(volatile uint64_t *)(region + page * 4096) = page;
-    signal(SIGUSR1, on_signal);
+    struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
+    sigaction(SIGUSR1, &action, NULL);
     printf("ready %p %zu\n", (void *)region, bytes);
     fflush(stdout);
     struct writer writers[16] = {0};
@@ -95,7 +123,20 @@ int main(int count, char **arguments) {
             }
             printf("bad %lu of %lu\n", bad, operations);
         } else if (line[0] == 'k') {
-            printf("%d\n", (int)signals);
+            printf("%d %d\n", (int)signals, (int)value_sent);
+        } else if (sscanf(line, "d %lu %lu", &page, &value) == 2) {
+            printf("%d\n", madvise((void *)(region + page * 4096), value * 4096, MADV_DONTNEED));
+        } else if (line[0] == 'b') {
+            sigset_t all;
+            sigfillset(&all);
+            printf("%d\n", sigprocmask(SIG_SETMASK, &all, NULL));
+        } else if (line[0] == 'u') {
+            printf("%d\n", setresgid(65534, 65534, 65534) || setresuid(65534, 65534, 65534));
+        } else if (line[0] == 'f') {
+            printf("%d\n", trap_getppid());
+        } else if (line[0] == 'x') {
+            execv("/proc/self/exe", arguments);
+            return 5;
         } else if (line[0] == 'q') {
             return 0;
         }

@@ -54,6 +54,10 @@ class Target:
         """The answer to an order given by :meth:`say`."""
         return self._line()
 
+    def ended(self) -> int:
+        """Wait for its end; the exit status, negated signal."""
+        return self._process.wait(10)
+
     def at(self, page: int) -> int:
         """The address of a page."""
         return self.start + page * 4096

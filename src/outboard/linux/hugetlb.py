@@ -38,5 +38,6 @@ def mount_point(page_size: int) -> Path | None:
         _, target, kind, options, *_ = line.split()
         match = re.search(r"pagesize=(\d+)([KMG])", options)
         if kind == "hugetlbfs" and match and int(match[1]) * suffix[match[2]] == page_size:
-            return Path(target)
+            # getmntent(3): blanks are written in octal.
+            return Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), target))
     return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from enum import IntFlag
 
+from outboard.errors import KernelError
+
 
 class HugePages(IntFlag):
     """MFD_HUGETLB with a page size."""
@@ -16,12 +18,16 @@ class HugePages(IntFlag):
 def create(name: str, size: int, huge: HugePages | None = None) -> int:
     """Make a file of ``size`` bytes; its name is seen in /proc only.
 
-    :raise OSError: ENOMEM or ENOENT when there are no huge pages of that size.
+    :raise KernelError: ENODEV: there are no huge pages of that size; EINVAL: ``size`` is no multiple of it.
     """
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | (huge or 0))
+    operation = f"memfd_create of {name}, {size} bytes"
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | (huge or 0))
+    except OSError as error:
+        raise KernelError(operation, error.errno or 0) from error
     try:
         os.ftruncate(fd, size)
-    except OSError:
+    except OSError as error:
         os.close(fd)
-        raise
+        raise KernelError(operation, error.errno or 0) from error
     return fd

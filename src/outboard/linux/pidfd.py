@@ -49,7 +49,9 @@ def send_signal(pidfd: int, number: signal.Signals) -> bool:
 
 def wait(pidfd: int, timeout: float | None) -> bool:
     """Wait until the process has ended; False when ``timeout`` seconds passed first."""
-    return bool(select.select([pidfd], [], [], timeout)[0])
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 def alive(pid: int) -> bool:

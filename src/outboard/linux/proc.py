@@ -120,6 +120,14 @@ def start_time(pid: int) -> int:
     return int(_stat(pid, pid)[19])
 
 
+def parent(pid: int) -> int:
+    """The process that started process ``pid``, or adopted it.
+
+    :raise KernelError: it has ended and been waited for.
+    """
+    return int(_stat(pid, pid)[1])
+
+
 def wait_stopped(pid: int, timeout: float = 5.0) -> None:
     """Wait until every thread of a process that was sent SIGSTOP has stopped.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
 
 from outboard.linux.libc import syscall
 
@@ -24,22 +26,32 @@ class Advice(IntEnum):
     """Linux 6.1."""
 
 
-def advise(pidfd: int, ranges: Sequence[tuple[int, int]], advice: Advice) -> int:
-    """Advise on (address, length) ranges, 1024 a call; how many bytes were advised on.
+def advise(pidfd: int, ranges: Sequence[tuple[int, int]] | NDArray[np.uint64], advice: Advice) -> int:
+    """Advise on (address, length) ranges, in bytes, 1024 a call; how many bytes were advised on, which is all of them.
 
-    :raise KernelError: EINVAL: that advice does not go with that mapping; EPERM.
+    :param ranges: a sequence, or an array of shape (n, 2).
+    :raise KernelError: EINVAL: that advice does not go with that mapping; ENOMEM: nothing is mapped there; EPERM. The
+        ranges before the one that was refused have been advised on.
     """
-    done = 0
-    for at in range(0, len(ranges), _MOST):
-        part = ranges[at : at + _MOST]
-        vector = (ctypes.c_uint64 * (2 * len(part)))(*(word for one in part for word in one))
-        done += syscall(
-            f"process_madvise({advice.name})",
+    # A copy of ours: a call that stops half-way tells bytes, and the rest of its range is asked for again.
+    vector = np.array(ranges, dtype=np.uint64).reshape(-1, 2)
+    done = at = 0
+    while at < len(vector):
+        part = vector[at : at + _MOST]
+        step = syscall(
+            f"process_madvise({advice.name}) of {len(part)} ranges from {int(part[0, 0]):#x} on",
             SYS_process_madvise,
             pidfd,
-            ctypes.addressof(vector),
+            part.ctypes.data,
             len(part),
             advice,
             0,
         )
+        done += step
+        ends = np.cumsum(part[:, 1])
+        whole = int(np.searchsorted(ends, step, side="right"))
+        if whole < len(part):
+            inside = step - (int(ends[whole - 1]) if whole else 0)
+            part[whole] += np.array([inside, -inside], dtype=np.int64).astype(np.uint64)
+        at += whole
     return done
