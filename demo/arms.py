@@ -49,8 +49,11 @@ class Arm(Protocol):
         """
         ...
 
-    def check(self, vm: Vm) -> list[str]:
-        """Whatever the product can do to prove that it lost nothing, with the VM at host B; the failures, in words."""
+    def check(self, vm: Vm) -> list[str] | None:
+        """Whatever the product can do to prove that it loses nothing, with the VM at host B.
+
+        :return: the failures in words; None where there is nothing that it can do.
+        """
         ...
 
     def close(self) -> None:

@@ -46,16 +46,18 @@ class Outcome(msgspec.Struct, kw_only=True):
 
     :ivar command_at: CLOCK_MONOTONIC when the product's server (QEMU's monitor, Outboard's agent) was asked.
     :ivar total_s: None when it did not converge.
+    :ivar watched_s: how long the client was at work after the command.
     :ivar note: for the reader of the report; empty when all is as it should be.
     :ivar summary: the product's own account, as it gave it.
     """
 
     command_at: float
-    watched_s: float
     converged: bool
+    watched_s: float = 0.0
     time_to_stop_s: float | None = None
     time_to_resume_s: float | None = None
     total_s: float | None = None
+    given_up_s: float | None = None
     remote_faults: int | None = None
     fault_p50_us: float | None = None
     fault_p99_us: float | None = None
@@ -65,7 +67,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     @property
     def during_s(self) -> float:
         """From the command to the end, or to the moment when it was given up."""
-        return self.watched_s if self.total_s is None else self.total_s
+        return next(second for second in (self.total_s, self.given_up_s, self.watched_s) if second is not None)
 
     @property
     def blackout_ms(self) -> float | None:

@@ -108,7 +108,6 @@ class OutboardArm:
         command_at = summary["started"] - (time.time() - time.monotonic())
         outcome = Outcome(
             command_at=command_at,
-            watched_s=time.monotonic() - command_at,
             converged=summary["state"] == "completed",
             remote_faults=summary["remote_faults"],
             fault_p50_us=summary["fault_p50_us"],
@@ -123,6 +122,7 @@ class OutboardArm:
             outcome.time_to_resume_s = resume - command_at
         elif summary["state"] == "cancelled":
             outcome.note = f"did not converge in {self.limit_s:.0f} s and was cancelled"
+            outcome.given_up_s = summary["total_s"]
         else:
             raise TestbedError(f"{self.name} failed: {summary['error']}\n{self._agents_logs()}")
         return outcome

@@ -32,10 +32,9 @@ def _headline(document: Document) -> str:
     for figure, heading, unit, write in COLUMNS:
         mine, other = getattr(ours, figure), getattr(peer, figure)
         if figure in _HEADLINES and mine is not None and other:
-            cells.append(
-                f"<div><span>{heading}</span><b>{write(mine)} {unit}</b>"
-                f"<span>QEMU {write(other)} {unit}; ratio {mine / other:.2f}</span></div>"
-            )
+            own, theirs = f"{write(mine)} {unit}".strip(), f"{write(other)} {unit}".strip()
+            ratio = f"QEMU {theirs}; ratio {mine / other:.2f}"
+            cells.append(f"<div><span>{heading}</span><b>{own}</b><span>{ratio}</span></div>")
     return (
         f'<div class="headline">{"".join(cells)}</div>'
         '<p class="note">outboard-enlightened beside QEMU\'s own post-copy with preemption, in this session.</p>'

@@ -72,7 +72,7 @@ class QemuArm:
         assert self._destination is not None
         source, destination = self._source, self._destination
         resumed(destination)
-        outcome = Outcome(command_at=time.monotonic(), watched_s=0.0, converged=False)
+        outcome = Outcome(command_at=time.monotonic(), converged=False)
         until = outcome.command_at + self.limit_s
         source.execute("migrate", {"uri": f"tcp:{LINK_ADDRESSES['b']}:{PORT}"})
         if self.post_copy:
@@ -84,6 +84,7 @@ class QemuArm:
             outcome.converged = True
         elif status == "active":
             outcome.note = f"did not converge in {self.limit_s:.0f} s and was cancelled"
+            outcome.given_up_s = time.monotonic() - outcome.command_at
             source.execute("migrate_cancel")
             _end(source, time.monotonic() + 10)
         if status not in ("completed", "active"):
@@ -98,12 +99,10 @@ class QemuArm:
             blocked = _figures(destination).get("postcopy-blocktime")
             if blocked is not None:
                 outcome.note = f"the vCPU waited {blocked} ms in all for remote pages (postcopy-blocktime)"
-        outcome.watched_s = time.monotonic() - outcome.command_at
         return outcome
 
-    def check(self, vm: Vm) -> list[str]:  # noqa: ARG002 (the interface's)
+    def check(self, vm: Vm) -> None:
         """QEMU compares nothing."""
-        return []
 
     def close(self) -> None:
         """The VMs are the testbed's to end."""

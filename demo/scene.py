@@ -141,8 +141,9 @@ def _measure(arm: Arm, bed: Testbed, job: Job, workload: Workload, say: Say, *, 
         checks = job.check()
         traffic = load.finish()
     checks += traffic.broken + traffic.wrong
-    if outcome.converged:
-        checks += arm.check(EVICTED) + job.check()
+    proof = arm.check(EVICTED) if outcome.converged else None
+    if proof is not None:
+        checks += proof + job.check()
     command, over = outcome.command_at, outcome.command_at + outcome.during_s
     capacity = LINK_BYTES_PER_S.get(bed.shape)
     after = over + SETTLE_S

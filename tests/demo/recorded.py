@@ -50,6 +50,7 @@ def run(arm: str, total_s: float | None, resume_s: float | None, *, churned: boo
         time_to_stop_s=None if resume_s is None else resume_s - 0.02,
         time_to_resume_s=resume_s,
         total_s=total_s,
+        given_up_s=end if total_s is None else None,
         remote_faults=None if resume_s is None else 1234,
         note="" if total_s else "did not converge in 20 s",
     )
