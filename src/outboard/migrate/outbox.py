@@ -1,9 +1,8 @@
 """What the source still has to send, in memory shared by the engine's main process and its two senders.
 
 ``rank[page]`` says when a page's turn is (0 first, NEVER not at all) and ``sent[page]`` whether somebody has taken it
-upon himself to send it. The bulk walks the ranks; the answerer of faults takes single pages out of turn. Whoever sets
-``sent`` first sends the page; should both set it at the same instant it crosses twice, and the destination drops the
-second.
+upon himself to send it. The bulk walks the ranks; the answerer of faults takes single pages out of turn. Whoever claims
+``sent`` sends the page, so it crosses once, and once more only if it was written after that.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from outboard.linux import tcp
 from outboard.migrate.outbox import Outbox
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
-from outboard.pages.pageset import Runs, chop
+from outboard.pages.pageset import PageSet, Runs, chop
+from outboard.pages.shared import claim
 from outboard.vmm.guest import Guest
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind
@@ -142,16 +143,13 @@ class BulkSender:
         self._outbox.count_bulk(zero.size - zeros, zeros, sent)
 
     def _claim(self, batch: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        sent = self._outbox.sent
         for first, count in batch:
-            part = sent[first : first + count]
-            if not part.any():
-                part[:] = 1
+            ours = claim(self._outbox.sent, first, count)
+            if ours.all():
                 yield first, count
-                continue
-            for index in np.flatnonzero(part == 0).tolist():
-                sent[first + index] = 1
-                yield first + index, 1
+            else:
+                for low, length in PageSet.from_mask(ours):
+                    yield first + low, length
 
     def _pace(self, now: int, *, busy: bool = True) -> None:
         self._paced_at = now
@@ -184,10 +182,9 @@ class Answerer:
             if frame.kind is not Kind.REQUEST:
                 raise PeerError(f"a page request came as {frame.kind.name}")
             for page in self._channel.requested(frame):
-                if sent[page]:
+                if not claim(sent, page, 1)[0]:
                     # On its way already: the bulk took it before the request came.
                     continue
-                sent[page] = 1
                 self._guest.memory.read_into(page, self._page.data)
                 zero = zero_pages(self._page)
                 octets = self._channel.send_pages([(page, 1)], zero, nothing if zero[0] else self._page.data)

@@ -1,6 +1,7 @@
 """Arrays over anonymous shared memory: what the processes of one engine tell one another about pages without a message.
 
-A byte is the unit: processors store and load bytes whole, so that a reader sees the old value or the new one.
+A byte is the unit: processors store and load bytes whole, so that a reader sees the old value or the new one. Where two
+processes want the same byte and one shall have it, :func:`claim` exchanges it in one instruction: no lock, no wait.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import mmap
 from typing import Any
 
 import numpy as np
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import DTypeLike, NDArray
 
 
@@ -16,3 +20,32 @@ def shared_array(length: int, dtype: DTypeLike) -> NDArray[Any]:
     """Make an array of ``length`` zeros that the processes forked afterwards share with this one."""
     kind: np.dtype[Any] = np.dtype(dtype)
     return np.frombuffer(mmap.mmap(-1, max(1, length * kind.itemsize)), dtype=kind, count=length)
+
+
+@intrinsic
+def _exchange(typing_context: Any, array: Any, index: Any, value: Any) -> Any:  # noqa: ARG001  # numba's signature
+    """Put ``value`` at ``array[index]`` and return what was there, atomically."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0]
+        made = context.make_array(kind)(context, builder, arguments[0])
+        place = cgutils.get_item_pointer(context, builder, kind, made, [arguments[1]], wraparound=False)  # type: ignore[no-untyped-call]
+        return builder.atomic_rmw("xchg", place, arguments[2], "seq_cst")
+
+    return types.uint8(array, types.int64, types.uint8), generate
+
+
+@njit("void(uint8[::1], int64, boolean[::1])", cache=True, nogil=True)
+def _claim(flags: NDArray[np.uint8], first: int, out: NDArray[np.bool_]) -> None:
+    for index in range(out.shape[0]):
+        out[index] = _exchange(flags, first + index, np.uint8(1)) == 0  # type: ignore[call-arg]  # numba passes one
+
+
+def claim(flags: NDArray[np.uint8], first: int, count: int) -> NDArray[np.bool_]:
+    """Set ``flags[first : first + count]`` to 1, and say of each whether it was us who did.
+
+    Of any number of processes that claim a flag, exactly one is told so.
+    """
+    out = np.empty(count, dtype=np.bool_)
+    _claim(flags, first, out)
+    return out

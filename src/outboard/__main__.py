@@ -1,0 +1,5 @@
+"""``python -m outboard`` is ``outboard``."""
+
+from outboard.cli import main
+
+main()

@@ -1,0 +1,163 @@
+"""Two hosts of a cluster on one machine: two agents, each with directories and a loopback address of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from guest.build import Image
+from outboard.vmm.guest_agent import GuestAgent
+from outboard.vmm.registry import Registry, VmRecord
+from outboard.wire.pki import create_authority, issue_host
+
+WAIT_S = 60.0
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout: float = WAIT_S) -> None:
+    """Wait until ``condition`` holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come about within {timeout:.0f} s"
+        time.sleep(0.02)
+
+
+class Host:
+    """One host: its agent's process, and the commands that people give there."""
+
+    def __init__(self, root: Path, name: str, address: str, peers: dict[str, str], identity: Path) -> None:
+        self.name = name
+        self.address = address
+        self.directory = root / name
+        self.runtime = self.directory / "run"
+        self.environment = {
+            **os.environ,
+            "OUTBOARD_CONFIG_DIR": str(self.directory / "etc"),
+            "OUTBOARD_RUNTIME_DIR": str(self.runtime),
+            "OUTBOARD_STATE_DIR": str(self.directory / "state"),
+        }
+        shutil.copytree(identity, self.directory / "etc" / "pki")
+        hosts = "".join(f'{peer} = "{where}"\n' for peer, where in peers.items())
+        (self.directory / "etc" / "agent.toml").write_text(
+            f'name = "{name}"\nlisten = "{address}"\nport = 7849\n\n[hosts]\n{hosts}'
+        )
+        self.registry = Registry(self.runtime)
+        self._agent: subprocess.Popen[bytes] | None = None
+
+    def start_agent(self) -> None:
+        """Start the agent and wait until it answers."""
+        with (self.directory / "agent.log").open("ab") as log:
+            self._agent = subprocess.Popen(
+                [sys.executable, "-m", "outboard", "agent"], env=self.environment, stdout=log, stderr=log
+            )
+        wait_for((self.runtime / "agent.sock").exists, f"the agent of {self.name}")
+
+    def stop_agent(self) -> None:
+        """End the agent. Idempotent."""
+        if self._agent is not None:
+            self._agent.terminate()
+            self._agent.wait(30)
+            self._agent = None
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line of an outboard command."""
+        return [sys.executable, "-m", "outboard", *arguments]
+
+    def outboard(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command here, to its end."""
+        return subprocess.run(
+            self.command(*arguments), env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    def popen(self, *arguments: str) -> subprocess.Popen[str]:
+        """Begin a command here."""
+        return subprocess.Popen(
+            self.command(*arguments), env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def has(self, vm: str) -> bool:
+        """Whether a VM of that name runs here."""
+        return any(record.name == vm and record.alive for record in self.registry.list())
+
+    def log(self) -> str:
+        """What the agent and its engines have written."""
+        return (self.directory / "agent.log").read_text()
+
+
+class Cluster:
+    """Hosts ``a`` and ``b``; a context manager."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="outboard-cluster-"))
+        create_authority(self.root / "ca")
+        addresses = {"a": "127.0.0.11", "b": "127.0.0.12"}
+        self.hosts = {}
+        for name, address in addresses.items():
+            issue_host(self.root / "ca", self.root / "pki" / name, name, [address])
+            peers = {peer: where for peer, where in addresses.items() if peer != name}
+            self.hosts[name] = Host(self.root, name, address, peers, self.root / "pki" / name)
+        self.a, self.b = self.hosts["a"], self.hosts["b"]
+
+    def __enter__(self) -> Cluster:
+        self.a.start_agent()
+        self.b.start_agent()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for host in self.hosts.values():
+            for record in host.registry.list():
+                host.outboard("stop", record.name)
+            host.stop_agent()
+        shutil.rmtree(self.root)
+
+
+class Vm:
+    """A test guest in a cluster, writing to its memory and able to prove it."""
+
+    def __init__(self, cluster: Cluster, image: Image, name: str, mebibytes: int = 256) -> None:
+        self.cluster = cluster
+        self.name = name
+        spec = cluster.root / f"{name}.toml"
+        spec.write_text(
+            f'name = "{name}"\nmemory = "{mebibytes}MiB"\nvcpus = 1\naccel = "tcg"\n\n[boot]\n'
+            f'kernel = "{image.kernel}"\ninitrd = "{image.initrd}"\nappend = "console=ttyS0 quiet"\n'
+        )
+        done = cluster.a.outboard("run", str(spec))
+        assert done.returncode == 0, done.stderr
+        wait_for(lambda: b"outboard-guest ready" in self.record("a").console.read_bytes(), "the guest's boot")
+
+    def record(self, host: str) -> VmRecord:
+        """Its record on a host."""
+        return self.cluster.hosts[host].registry.get(self.name)
+
+    def tell(self, host: str, line: str) -> str:
+        """Give the guest's dirty job an order, through the guest agent."""
+        path = self.record(host).agent_socket
+        assert path is not None
+        with GuestAgent(path, timeout=60) as agent:
+            status, said = agent.run("/bin/sh", "-c", f"echo '{line}' | nc -w 50 127.0.0.1 7000")
+        assert status == 0
+        return said.decode().strip()
+
+    def write(self, mebibytes: int = 64, rate: int = 5000) -> None:
+        """Have the guest write ``rate`` pages/s of a working set, from its boot host on."""
+        assert self.tell("a", f"start {mebibytes} {rate}").startswith("ok")
+
+    def verify(self, host: str) -> None:
+        """Have the guest check every page of its working set."""
+        said = self.tell(host, "verify")
+        assert said.startswith("ok"), said
+
+
+def summary_of(output: str) -> dict[str, Any]:
+    """The summary at the end of ndjson output."""
+    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    assert found["schema"] == "outboard.migration.summary.v1", output
+    return found
