@@ -2,7 +2,8 @@
 
 RAM is one file that is mapped shared, which is what lets another process read it, fill it and trace it. Beside it there
 are as few devices as possible: loading their state at the destination is most of a migration's blackout. Hence no VGA,
-no option ROMs, no SATA, no SMBus; each of them would be saved, sent and loaded with every move.
+no option ROMs, no SATA, no SMBus, and no description of the state in its own stream; each of them would be saved, sent
+and loaded with every move.
 """
 
 from __future__ import annotations
@@ -15,11 +16,6 @@ from outboard.vmm.spec import MIB, VmSpec
 _SPARE_DEVICES = "sata=off,smbus=off"
 
 
-def _quoted(value: str) -> str:
-    """A value inside an option list, where a comma ends it."""
-    return value.replace(",", ",,")
-
-
 def _monitor(name: str, socket: str) -> list[str]:
     return [
         "-chardev",
@@ -29,7 +25,7 @@ def _monitor(name: str, socket: str) -> list[str]:
     ]
 
 
-def command_line(spec: VmSpec, *, memory_fd: int, tap_fds: list[int], incoming: bool) -> list[str]:
+def qemu_arguments(spec: VmSpec, *, memory_fd: int, tap_fds: list[int], incoming: bool) -> list[str]:
     """The arguments, the program included. Sockets and logs are named relative to the VM's directory.
 
     :param spec: a settled one.
@@ -37,7 +33,8 @@ def command_line(spec: VmSpec, *, memory_fd: int, tap_fds: list[int], incoming: 
     :param tap_fds: for each network a TAP.
     :param incoming: wait for a migration instead of starting the guest.
     """
-    machine = f"{spec.machine},accel={spec.accel},memory-backend=ram,usb=off,vmport=off,dump-guest-core=off"
+    machine = f"{spec.machine},accel={spec.accel},memory-backend=ram,usb=off,vmport=off"
+    machine += ",dump-guest-core=off,suppress-vmdesc=on"
     if spec.machine.startswith(("q35", "pc-q35")):
         machine += f",{_SPARE_DEVICES}"
     # Opened by path, even if the path is a descriptor's: QEMU 8.1 and later leave only such memory out of a migration.

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 from outboard.errors import KernelError, NotFoundError, OutboardError, RefusedError, UnreachableError
-from outboard.linux import memfd, pidfd, proc, tun
+from outboard.linux import hugetlb, memfd, pidfd, proc, tun
 from outboard.vmm.accelerator import why_not_kvm
-from outboard.vmm.arguments import command_line
+from outboard.vmm.arguments import qemu_arguments
 from outboard.vmm.monitor import Monitor
 from outboard.vmm.registry import ENGINE_SOCKET, LOG, QMP_SOCKET, Registry, VmRecord
 from outboard.vmm.spec import MIB, VmSpec
@@ -46,12 +46,19 @@ def _make_memory(spec: VmSpec) -> int:
     :raise RefusedError: ``huge-pages``: there are too few of them.
     """
     huge = _HUGE.get(spec.page_bytes)
+    if huge is not None:
+        # The kernel sets them aside when QEMU maps the file, and QEMU would say no more than "cannot allocate memory".
+        free = sum(pool.free - pool.reserved for pool in hugetlb.pools() if pool.page_size == spec.page_bytes)
+        if free * spec.page_bytes < spec.memory_bytes:
+            raise RefusedError(
+                "huge-pages",
+                f"{spec.name} needs {spec.memory_bytes // spec.page_bytes} huge pages of {spec.page_size}, and {free} "
+                "are free; give the kernel more with sysctl vm.nr_hugepages",
+            )
     try:
         return memfd.create(f"outboard-{spec.name}", spec.memory_bytes, huge)
     except OSError as error:
-        if huge is None:
-            raise KernelError(f"memfd_create of {spec.memory} for {spec.name}", error.errno or 0) from error
-        raise RefusedError("huge-pages", f"{spec.name}: no huge pages of {spec.page_size}: {error.strerror}") from error
+        raise KernelError(f"memfd_create of {spec.memory} for {spec.name}", error.errno or 0) from error
 
 
 def _make_tap(name: str, bridge: str | None) -> int:
@@ -93,7 +100,7 @@ def _descriptors(spec: VmSpec) -> Iterator[tuple[int, list[int]]]:
 
 def _start(spec: VmSpec, directory: Path, incoming: bool) -> subprocess.Popen[bytes]:
     with _descriptors(spec) as (memory, taps), (directory / LOG).open("wb") as log:
-        arguments = command_line(spec, memory_fd=memory, tap_fds=taps, incoming=incoming)
+        arguments = qemu_arguments(spec, memory_fd=memory, tap_fds=taps, incoming=incoming)
         try:
             return subprocess.Popen(
                 arguments,
@@ -195,12 +202,16 @@ def stop(record: VmRecord, registry: Registry) -> None:
 
 
 def _end(record: VmRecord, ended: int) -> None:
-    # Answered or not: QEMU may close the monitor before it has answered, and what counts is that it ends.
+    asked = False
     with contextlib.suppress(OutboardError), Monitor.connect(record.engine_socket, timeout=1.0) as monitor:
+        # Answered or not: QEMU may close the monitor before it has answered, and what counts is that it ends.
+        asked = True
         monitor.execute("quit", timeout=1.0)
     for number in (None, signal.SIGTERM, signal.SIGKILL):
         if number is not None:
             pidfd.send_signal(ended, number)
+        elif not asked:
+            continue
         if pidfd.wait(ended, _QUIT_S):
             _reap(record.pid)
             return
