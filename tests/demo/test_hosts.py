@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -13,8 +12,13 @@ from pathlib import Path
 import pytest
 
 from demo.hosts import NETNS, LinkCounter, Namespace, Testbed, TestbedError, run, sweep
+from tests.support.requirements import require
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root")
+
+@pytest.fixture(autouse=True)
+def _root() -> None:
+    require("root")
+
 
 KILLED = """
 import sys
