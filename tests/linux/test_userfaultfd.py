@@ -7,13 +7,24 @@ import errno
 import mmap
 import os
 import select
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from outboard.errors import KernelError
 from outboard.linux import fallocate, pidfd, proc, ptrace
-from outboard.linux.userfaultfd import Fault, FaultFlag, Features, Mode, Userfaultfd, available_features
+from outboard.linux.userfaultfd import (
+    COPY_WP,
+    DONTWAKE,
+    Event,
+    EventKind,
+    Fault,
+    FaultFlag,
+    Features,
+    Mode,
+    Userfaultfd,
+)
 from tests.support.requirements import require
 from tests.support.target import Target
 
@@ -132,8 +143,7 @@ def test_poison_is_a_memory_error(target: Target) -> None:
 
 
 def test_move_takes_an_anonymous_page_along() -> None:
-    if Features.MOVE not in available_features():
-        pytest.skip("move: the kernel has no UFFDIO_MOVE (Linux 6.8)")
+    require("move")
     area = mmap.mmap(-1, 8192, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     view = ctypes.c_char.from_buffer(area)
     address = ctypes.addressof(view)
@@ -146,10 +156,24 @@ def test_move_takes_an_anonymous_page_along() -> None:
     del view
 
 
-def test_rwp_is_probed() -> None:
+def test_a_page_protected_from_reads_holds_its_reader(target: Target) -> None:
     require("rwp")
-    with Userfaultfd.open() as uffd:
-        assert Features.RWP in uffd.api(Features.RWP)
+    with injected(target, SHMEM | Features.RWP) as uffd:
+        uffd.register(target.start, target.size, Mode.RWP)
+        uffd.rwprotect(target.at(4), 4096)
+        target.say("r 4")
+        assert next_fault(uffd).flags & FaultFlag.RWP
+        uffd.rwprotect(target.at(4), 4096, protect=False)
+        assert target.answer() == "4"
+
+
+def test_notification_of_protected_reads_can_be_switched(target: Target) -> None:
+    require("rwp")
+    with injected(target, SHMEM | Features.RWP) as uffd:
+        uffd.register(target.start, target.size, Mode.RWP)
+        uffd.rwprotect(target.at(4), 4096)
+        uffd.set_mode(Features.RWP_ASYNC)
+        assert target.ask("r 4") == "4"
 
 
 def test_a_second_registration_is_refused_as_busy(target: Target) -> None:
@@ -165,6 +189,112 @@ def test_anonymous_memory_takes_no_minor_faults() -> None:
         with pytest.raises(KernelError) as caught:
             uffd.register(target.start, target.size, Mode.MINOR)
         assert caught.value.errno == errno.EINVAL
+
+
+def test_while_the_address_space_changes_the_answer_is_try_again(target: Target) -> None:
+    with injected(target, SHMEM | Features.EVENT_REMOVE) as uffd:
+        uffd.register(target.start, target.size, Mode.MISSING | Mode.MINOR)
+        target.say("d 2 3")
+        assert select.select([uffd], [], [], 5)[0], "no event came"
+        page, source = page_of(1)
+        assert uffd.copy(target.at(8), source, 4096) == -errno.EAGAIN
+        assert uffd.zeropage(target.at(8), 4096) == -errno.EAGAIN
+        assert uffd.continue_(target.at(8), 4096) == -errno.EAGAIN
+        assert uffd.read() == [Event(EventKind.REMOVE, target.at(2), target.at(5), 0)]
+        assert target.answer() == "0"
+        assert uffd.copy(target.at(8), source, 4096) == -errno.EEXIST
+        assert uffd.continue_(target.at(2), 3 * 4096) == 3 * 4096
+        page.close()
+
+
+def test_what_is_not_mapped_there_is_told(target: Target) -> None:
+    with injected(target, SHMEM) as uffd:
+        uffd.register(target.start, target.size, Mode.MISSING)
+        _, source = page_of(1)
+        assert uffd.copy(target.start - (1 << 30), source, 4096) == -errno.ENOENT
+        with pytest.raises(KernelError, match="UFFDIO_COPY of 5 bytes") as caught:
+            uffd.copy(target.at(0), source, 5)
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_dontwake_leaves_the_thread_asleep_until_it_is_woken(target: Target) -> None:
+    with injected(target, SHMEM) as uffd:
+        uffd.register(target.start, target.size, Mode.MISSING)
+        fd = file_of(target)
+        fallocate.punch(fd, 3 * 4096, 4096)
+        os.close(fd)
+        target.say("r 3")
+        next_fault(uffd)
+        assert uffd.zeropage(target.at(3), 4096, DONTWAKE) == 4096
+        # Still asleep: a fault that was read stays its thread's last word until a wake.
+        assert target.waits()
+        uffd.wake(target.at(3), 4096)
+        assert target.answer() == "0"
+
+
+def test_a_page_may_be_placed_write_protected(target: Target) -> None:
+    with injected(target, SHMEM) as uffd:
+        uffd.register(target.start, target.size, Mode.MISSING | Mode.WP)
+        fd = file_of(target)
+        fallocate.punch(fd, 3 * 4096, 4096)
+        os.close(fd)
+        _, source = page_of(1)
+        assert uffd.copy(target.at(3), source, 4096, COPY_WP) == 4096
+        target.say("w 3 9")
+        assert next_fault(uffd).flags == FaultFlag.WRITE | FaultFlag.WP
+        uffd.write_protect(target.at(3), 4096, protect=False, dont_wake=True)
+        uffd.wake(target.at(3), 4096)
+        assert target.answer() == "written"
+
+
+def test_the_thread_is_told_when_asked_for(target: Target) -> None:
+    with injected(target, SHMEM | Features.THREAD_ID) as uffd:
+        uffd.register(target.start, target.size, Mode.MISSING)
+        fd = file_of(target)
+        fallocate.punch(fd, 0, 4096)
+        os.close(fd)
+        target.say("w 0 1")
+        assert next_fault(uffd) == Fault(FaultFlag.WRITE, target.at(0), target.pid)
+        assert uffd.zeropage(target.at(0), 4096) == 4096
+        assert target.answer() == "written"
+
+
+def test_a_feature_that_no_kernel_has_is_refused() -> None:
+    with Userfaultfd.open() as uffd:
+        with pytest.raises(KernelError, match="UFFDIO_API") as caught:
+            uffd.api(Features(1 << 63))
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_close_is_idempotent_and_final() -> None:
+    uffd = Userfaultfd.open()
+    uffd.close()
+    uffd.close()
+    with pytest.raises(KernelError) as caught:
+        uffd.wake(0, 4096)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_threads_that_hold_the_interpreter_are_not_stopped_by_a_call(target: Target) -> None:
+    """A copy from memory that faults itself would hang the process if it held the GIL."""
+    area = mmap.mmap(-1, 4096)
+    view = ctypes.c_char.from_buffer(area)
+    source = ctypes.addressof(view)
+    with Userfaultfd.open() as own, injected(target, SHMEM) as uffd:
+        own.api(Features(0))
+        own.register(source, 4096, Mode.MISSING)
+        uffd.register(target.start, target.size, Mode.MISSING)
+        fd = file_of(target)
+        fallocate.punch(fd, 0, 4096)
+        os.close(fd)
+        answers: list[int] = []
+        worker = threading.Thread(target=lambda: answers.append(uffd.copy(target.at(0), source, 4096)))
+        worker.start()
+        assert next_fault(own).address == source
+        assert own.zeropage(source, 4096) == 4096
+        worker.join(5)
+        assert answers == [4096]
+    del view
 
 
 def test_unregistering_wakes_who_waits(target: Target) -> None:

@@ -71,7 +71,7 @@ int main(void) {
 #endif
 #ifdef UFFDIO_RWPROTECT
     SIZE(uffdio_rwprotect); OFFSET(uffdio_rwprotect, mode);
-    VALUE(UFFDIO_RWPROTECT); VALUE(_UFFDIO_RWPROTECT); VALUE(UFFDIO_REGISTER_MODE_RWP);
+    VALUE(UFFD_PAGEFAULT_FLAG_RWP); VALUE(UFFDIO_RWPROTECT); VALUE(_UFFDIO_RWPROTECT); VALUE(UFFDIO_REGISTER_MODE_RWP);
     VALUE(UFFD_FEATURE_RWP); VALUE(UFFD_FEATURE_RWP_ASYNC);
 #endif
 #ifdef UFFDIO_SET_MODE
@@ -105,7 +105,6 @@ int main(void) {
     OFFSET(tcp_info, tcpi_pacing_rate); OFFSET(tcp_info, tcpi_bytes_acked); OFFSET(tcp_info, tcpi_notsent_bytes);
     OFFSET(tcp_info, tcpi_min_rtt); OFFSET(tcp_info, tcpi_delivery_rate);
     VALUE(SO_MAX_PACING_RATE);
-    SIZE(ifreq); OFFSET(ifreq, ifr_flags); OFFSET(ifreq, ifr_ifindex);
     VALUE(TUNSETIFF); VALUE(SIOCGIFFLAGS); VALUE(SIOCSIFFLAGS); VALUE(SIOCBRADDIF);
     VALUE(IFF_UP); VALUE(IFF_TAP); VALUE(IFF_NO_PI); VALUE(IFF_VNET_HDR);
     VALUE(MADV_WILLNEED); VALUE(MADV_COLD); VALUE(MADV_PAGEOUT);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import tempfile
 from functools import cache
@@ -23,9 +24,9 @@ def compile_c(source: str, *flags: str) -> Path:
 class Target:
     """A running target; ``start`` and ``size`` are its region's, in bytes."""
 
-    def __init__(self, kind: str = "memfd", mebibytes: int = 8, threads: int = 3) -> None:
+    def __init__(self, kind: str = "memfd", mebibytes: int = 8, threads: int = 3, program: Path | None = None) -> None:
         self._process = subprocess.Popen(
-            [compile_c("target.c"), kind, str(mebibytes), str(threads)],
+            [program or compile_c("target.c"), kind, str(mebibytes), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -57,6 +58,11 @@ class Target:
     def ended(self) -> int:
         """Wait for its end; the exit status, negated signal."""
         return self._process.wait(10)
+
+    def waits(self) -> bool:
+        """Whether an answer fails to come within a moment."""
+        assert self._process.stdout is not None
+        return not select.select([self._process.stdout], [], [], 0.05)[0]
 
     def at(self, page: int) -> int:
         """The address of a page."""

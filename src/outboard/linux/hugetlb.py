@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_POOLS = Path("/sys/kernel/mm/hugepages")
+POOLS = Path("/sys/kernel/mm/hugepages")
+MOUNTS = Path("/proc/self/mounts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Pool:
 def pools() -> list[Pool]:
     """The pools of this machine, smallest page first."""
     found = []
-    for directory in _POOLS.glob("hugepages-*kB"):
+    for directory in POOLS.glob("hugepages-*kB"):
         read = {
             name: int((directory / name).read_text()) for name in ("nr_hugepages", "free_hugepages", "resv_hugepages")
         }
@@ -34,7 +35,7 @@ def pools() -> list[Pool]:
 def mount_point(page_size: int) -> Path | None:
     """Where a hugetlbfs of that page size is mounted, if anywhere."""
     suffix = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in MOUNTS.read_text().splitlines():
         _, target, kind, options, *_ = line.split()
         match = re.search(r"pagesize=(\d+)([KMG])", options)
         if kind == "hugetlbfs" and match and int(match[1]) * suffix[match[2]] == page_size:

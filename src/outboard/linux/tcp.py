@@ -2,16 +2,67 @@
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import struct
 from dataclasses import dataclass
 
+from outboard.linux.libc import layout, u8, u32, u64
+
 SO_MAX_PACING_RATE = 47
 _UNPACED = (1 << 64) - 1
-_LENGTH = 168
-_HEAD = struct.Struct("<8B24I")
-_TAIL = struct.Struct("<4Q2I4I1Q")
-"""From tcpi_pacing_rate on: rates, byte counts, segment counts, notsent, min_rtt, data segments, delivery_rate."""
+
+
+@layout(168)
+class tcp_info_head(ctypes.Structure):
+    """struct tcp_info as far as delivery_rate; the kernel fills as much as is asked for.
+
+    Bit 0 of ``tcpi_app_limited`` is tcpi_delivery_rate_app_limited, the window scales are four bits each.
+    """
+
+    tcpi_state: u8
+    tcpi_ca_state: u8
+    tcpi_retransmits: u8
+    tcpi_probes: u8
+    tcpi_backoff: u8
+    tcpi_options: u8
+    tcpi_window_scales: u8
+    tcpi_app_limited: u8
+    tcpi_rto: u32
+    tcpi_ato: u32
+    tcpi_snd_mss: u32
+    tcpi_rcv_mss: u32
+    tcpi_unacked: u32
+    tcpi_sacked: u32
+    tcpi_lost: u32
+    tcpi_retrans: u32
+    tcpi_fackets: u32
+    tcpi_last_data_sent: u32
+    tcpi_last_ack_sent: u32
+    tcpi_last_data_recv: u32
+    tcpi_last_ack_recv: u32
+    tcpi_pmtu: u32
+    tcpi_rcv_ssthresh: u32
+    tcpi_rtt: u32
+    tcpi_rttvar: u32
+    tcpi_snd_ssthresh: u32
+    tcpi_snd_cwnd: u32
+    tcpi_advmss: u32
+    tcpi_reordering: u32
+    tcpi_rcv_rtt: u32
+    tcpi_rcv_space: u32
+    tcpi_total_retrans: u32
+    tcpi_pacing_rate: u64
+    tcpi_max_pacing_rate: u64
+    tcpi_bytes_acked: u64
+    tcpi_bytes_received: u64
+    tcpi_segs_out: u32
+    tcpi_segs_in: u32
+    tcpi_notsent_bytes: u32
+    tcpi_min_rtt: u32
+    tcpi_data_segs_in: u32
+    tcpi_data_segs_out: u32
+    tcpi_delivery_rate: u64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +83,16 @@ class TcpInfo:
 
 def tcp_info(connection: socket.socket) -> TcpInfo:
     """getsockopt(TCP_INFO)."""
-    raw = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LENGTH)
-    head = _HEAD.unpack_from(raw)
-    tail = _TAIL.unpack_from(raw, _HEAD.size)
+    raw = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, ctypes.sizeof(tcp_info_head))
+    told = tcp_info_head.from_buffer_copy(raw)
     return TcpInfo(
-        rtt_us=head[8 + 15],
-        min_rtt_us=tail[7],
-        delivery_rate=tail[10],
-        app_limited=bool(head[7] & 1),
-        acknowledged_bytes=tail[2],
-        unsent_bytes=tail[6],
-        retransmits=head[8 + 23],
+        rtt_us=told.tcpi_rtt,
+        min_rtt_us=told.tcpi_min_rtt,
+        delivery_rate=told.tcpi_delivery_rate,
+        app_limited=bool(told.tcpi_app_limited & 1),
+        acknowledged_bytes=told.tcpi_bytes_acked,
+        unsent_bytes=told.tcpi_notsent_bytes,
+        retransmits=told.tcpi_total_retrans,
     )
 
 

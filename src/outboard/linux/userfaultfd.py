@@ -80,6 +80,7 @@ class FaultFlag(IntFlag):
     WRITE = 1 << 0
     WP = 1 << 1
     MINOR = 1 << 2
+    RWP = 1 << 3
 
 
 class EventKind(IntEnum):
