@@ -12,21 +12,17 @@ Sources: Documentation/admin-guide/mm/pagemap.rst, <linux/kernel-page-flags.h>.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import PeerError, UnreachableError
+from outboard.errors import PeerError
 from outboard.pages import PAGE_SIZE
+from outboard.vmm import kpageflags
 from outboard.vmm.guest import Guest
-from outboard.vmm.guest_agent import GuestAgent
-
-KPAGEFLAGS = "/proc/kpageflags"
-_CHUNK = 32768
-"""Frames asked for at once: 256 KiB of flags, 128 MiB of guest."""
+from outboard.vmm.guest_agent import GuestAgent, GuestAgentError
 
 _LEGACY_HOLE = (0xA0000 // PAGE_SIZE, 0x100000 // PAGE_SIZE)
 
@@ -54,10 +50,11 @@ class Flag(IntEnum):
     ACTIVE = 6
     SLAB = 7
     BUDDY = 10
+    MMAP = 11
     ANON = 12
     COMPOUND_HEAD = 15
     COMPOUND_TAIL = 16
-    NOPAGE = 20
+    HUGE = 17
     PGTABLE = 26
     RESERVED = 32
 
@@ -90,16 +87,17 @@ def classify(flags: NDArray[np.uint64]) -> NDArray[np.uint8]:
     lru = _has(flags, Flag.LRU)
     active = lru & (_has(flags, Flag.ACTIVE) | _has(flags, Flag.REFERENCED))
     anon = _has(flags, Flag.ANON)
-    free = _has(flags, Flag.BUDDY) & ~lru & ~_has(flags, Flag.SLAB) & ~_has(flags, Flag.PGTABLE)
+    # hugetlb pages are on no list; the mapped ones are what their owner reserved them for.
+    hugetlb = _has(flags, Flag.HUGE) & _has(flags, Flag.MMAP)
     chosen = np.select(
         [
             _has(flags, Flag.PGTABLE),
             _has(flags, Flag.SLAB),
             _has(flags, Flag.RESERVED),
-            active & anon,
+            (active & anon) | hugetlb,
             active,
             lru,
-            free,
+            _has(flags, Flag.BUDDY),
         ],
         [
             PageClass.PAGE_TABLES,
@@ -120,27 +118,22 @@ def chunks(guest: Guest, agent: GuestAgent, *, deadline: float) -> Iterator[tupl
 
     :param deadline: on the monotonic clock; what has not been said by then is not waited for.
     :return: (first page number, class of it and those that follow it); pages that are in no piece are OTHER.
-    :raise PeerError: the answer is no kpageflags. :raise UnreachableError: the agent is too slow, or gone.
+    :raise PeerError: the answer is no kpageflags, or the agent gives none. :raise UnreachableError: it is too slow, or
+        gone.
     """
-    last = max(region.gpa // PAGE_SIZE + region.pages for region in guest.regions)
-    frame = head = 0
-    rest = b""
-    for part in agent.read_file(KPAGEFLAGS, _CHUNK * 8):
-        whole = (len(rest) + len(part)) // 8 * 8
-        data = rest + part
-        flags = np.frombuffer(data[:whole], dtype="<u8")
-        rest = data[whole:]
-        heads = np.flatnonzero(_has(flags, Flag.COMPOUND_HEAD))
-        classes = classify(spread_heads(flags, head))
-        head = int(flags[heads[-1]]) if heads.size else head
-        yield from _place(guest, frame, classes)
-        frame += flags.size
-        if frame >= last:
-            return
-        if time.monotonic() > deadline:
-            raise UnreachableError(f"the guest agent of {guest.name} had told of {frame} pages when time was up")
-    if frame == 0:
-        raise PeerError(f"the guest agent of {guest.name} says that {KPAGEFLAGS} is empty")
+    ranges = [(region.gpa // PAGE_SIZE, region.pages) for region in guest.regions]
+    told = head = 0
+    try:
+        for first, flags in kpageflags.read(agent, ranges, deadline=deadline):
+            heads = np.flatnonzero(_has(flags, Flag.COMPOUND_HEAD))
+            classes = classify(spread_heads(flags, head))
+            head = int(flags[heads[-1]]) if heads.size else head
+            yield from _place(guest, first, classes)
+            told += flags.size
+    except GuestAgentError as error:
+        raise PeerError(f"{guest.name} tells nothing of its pages: {error}") from error
+    if told == 0:
+        raise PeerError(f"{guest.name} tells nothing of its pages: its {kpageflags.PATH} is empty")
 
 
 def _place(guest: Guest, frame: int, classes: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
