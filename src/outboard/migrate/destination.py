@@ -15,7 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from outboard.errors import NeedsRecoveryError, NotAuthorisedError, OutboardError, PeerError, RefusedError
+from outboard.errors import (
+    NeedsRecoveryError,
+    NotAuthorisedError,
+    OutboardError,
+    PeerError,
+    RefusedError,
+    UnreachableError,
+)
 from outboard.migrate import messages
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.messages import Hello, Prepare
@@ -269,3 +276,6 @@ class Incoming:
             mapped_before_resume=self._mapped_before_resume,
         )
         control.send(arrived)
+        # Whoever closes first is believed to have broken off: let it be the source, when it has read this.
+        with contextlib.suppress(UnreachableError):
+            control.receive(_STEP_S)

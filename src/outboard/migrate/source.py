@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import CancelledError, OutboardError, PeerError, UnreachableError
+from outboard.errors import CancelledError, NeedsRecoveryError, OutboardError, PeerError, UnreachableError
 from outboard.migrate import messages, ranking
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.desk import Cancel, Desk, Limit
@@ -145,6 +145,11 @@ class Outgoing:
             self._finish()
         except BaseException as error:
             self._give_up(error)
+            if self.machine.state is State.PAUSED:
+                raise NeedsRecoveryError(
+                    f"{self.guest.name} has been given to {self.destination.name}, and {len(self.outbox.unsent())} of "
+                    f"its pages are still here: {error}"
+                ) from error
             raise
         finally:
             if self._control is not None:
@@ -252,12 +257,12 @@ class Outgoing:
             before, left = left, len(written)
             self.rounds.append(Round(sent_pages=before, seconds=done.seconds, dirty_pages=left))
             self.watch.dirty_rate = left * PAGE_SIZE / done.seconds if done.seconds else None
-            self.findings.resent_pages += left
             rate = done.octets / done.seconds if done.seconds else 0.0
             if left * PAGE_SIZE <= rate * max(0.0, self.options.max_downtime - _DEVICES_S):
                 return
             if self.options.method is Method.HYBRID and left > WORTH_A_ROUND * before:
                 return
+            self.findings.resent_pages += left
 
     def _written(self, within: PageSet | None = None) -> PageSet:
         return PageSet(self.outbox.pages) if self._trace is None else self._trace.collect(within)
@@ -302,17 +307,17 @@ class Outgoing:
         """
         sent = self.outbox.already_sent()
         if self.options.method.rounds:
-            stale = self._written()
-            self.outbox.again(stale, ranking.STALE_NOW)
+            # Also what was written during the last round: the destination holds it as it was before.
+            stale = self._written() | self.outbox.unsent()
         else:
             written = self._written(sent)
             ranking.revive(self.outbox, written)
             stale = written & sent
-        self.findings.resent_pages += len(stale & sent)
+        self.findings.resent_pages += len(stale)
         if self.options.method.resumes_early:
             rate = self.outbox.statistics().rate or _UNPACED
             seconds = min(PAUSE_MOST_S, PAUSE_SHARE * self.options.max_downtime)
-            now, later = ranking.split_stale(self.outbox, stale & sent, int(seconds * rate / PAGE_SIZE))
+            now, later = ranking.split_stale(self.outbox, stale, int(seconds * rate / PAGE_SIZE))
             upto = ranking.STALE_NOW
         else:
             now, later, upto = stale, PageSet(stale.pages), ranking.LAST
