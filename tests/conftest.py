@@ -1,0 +1,42 @@
+"""What every test is held to: the processes that it starts end with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from outboard.errors import KernelError
+from outboard.linux import proc
+
+_HELPERS = "multiprocessing.resource_tracker"
+"""Python's own, started once for the whole session."""
+
+
+def _children() -> set[int]:
+    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return " ".join(proc.command_line(pid))
+    except KernelError:
+        return ""
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left_behind() -> Iterator[None]:
+    """End the processes that a test left running, each by its number, and fail the test."""
+    before = _children()
+    yield
+    left = []
+    for pid in _children() - before:
+        # A zombie has no command line: it is for whoever started it to wait for.
+        command = _command_of(pid)
+        if command and _HELPERS not in command:
+            os.kill(pid, signal.SIGKILL)
+            left.append(f"{pid} {command}")
+    assert not left, f"still running at the test's end: {left}"
