@@ -14,6 +14,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+_SESSIONS = 8
+"""How much of a busy machine the group gets beside a single session: VMs, agents and client would be as many."""
+
 
 def _hierarchy() -> tuple[Path, Path] | None:
     """The root of the hierarchy with the cpu controller and this process's group in it; None where there is none."""
@@ -53,6 +56,9 @@ class SchedulingGroup:
             root, self._before = hierarchy
             group = root / self._name
             group.mkdir()
+            for name, usual in (("cpu.shares", 1024), ("cpu.weight", 100)):  # version 1, version 2
+                if (group / name).exists():
+                    (group / name).write_text(str(usual * _SESSIONS))
             (group / "cgroup.procs").write_text("0")
 
     def close(self) -> None:
