@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from outboard.errors import OutboardError
-from outboard.linux import prctl
+from outboard.linux import prctl, sched
 from outboard.migrate import messages
 from outboard.migrate.desk import Order
 from outboard.migrate.destination import Incoming
@@ -101,6 +101,8 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
     """Be an engine; the entry point of its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl.set_name("outboard-engine")
+    # It sleeps nearly always, and what it does while a guest is paused is that guest's blackout.
+    sched.favour_this_process()
     desk = PipeDesk(pipe)
     work: Depart | Receive = msgspec.json.decode(task, type=Depart | Receive)
     try:

@@ -5,6 +5,7 @@ A TAP made here is not persistent: it goes when the last descriptor of it is clo
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -76,6 +77,10 @@ def add_to_bridge(bridge: str, name: str) -> None:
     """
     try:
         index = socket.if_nametoindex(name)
+    except OSError as error:
+        # It keeps the errno to itself.
+        raise KernelError(f"if_nametoindex of {name}", errno.ENODEV) from error
+    try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             fcntl.ioctl(control, SIOCBRADDIF, _IFREQ_INDEX.pack(_name(bridge), index))
     except OSError as error:

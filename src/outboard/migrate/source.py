@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import CancelledError, NeedsRecoveryError, OutboardError, PeerError, UnreachableError
+from outboard.linux import sched
 from outboard.migrate import messages, ranking
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.desk import Cancel, Desk, Limit
@@ -195,7 +196,9 @@ class Outgoing:
         asked = time.monotonic()
         seen = 0
         try:
-            with GuestAgent(self.guest.agent_path, timeout=_HINTS_S) as agent:
+            # A VM that is evicted gets little of a processor, and cannot answer on that.
+            threads = [self.guest.emulator_thread(), *(vcpu.tid for vcpu in self.guest.vcpus)]
+            with sched.favoured(threads), GuestAgent(self.guest.agent_path, timeout=_HINTS_S) as agent:
                 for first, classes in chunks(self.guest, agent, deadline=asked + _HINTS_S):
                     ranking.rank_classes(self.outbox, first, classes)
                     seen += classes.size

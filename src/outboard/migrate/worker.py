@@ -121,6 +121,8 @@ def _become(
         prctl.set_name(name)
         if urgent:
             sched.prefer_this_process()
+        else:
+            sched.favour_this_process()
         # Collecting would touch, and so copy, every object shared with the engine.
         gc.disable()
         gc.freeze()
