@@ -127,6 +127,25 @@ def test_huge_pages_that_are_not_there_are_refused(registry: Registry) -> None:
     assert caught.value.reason == "huge-pages"
 
 
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Sixteen more of 2 MiB than there were."""
+    require("root")
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = pool.read_text()
+    pool.write_text(str(int(before) + 16))
+    yield
+    pool.write_text(before)
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_memory_is_made_of_huge_pages(registry: Registry) -> None:
+    record = launch(changed(memory="32MiB", page_size="2MiB", vcpus=2), registry)
+    with record.attach() as guest:
+        assert [region.page_size for region in guest.regions] == [2 << 20]
+        assert [vcpu.index for vcpu in guest.vcpus] == [0, 1]
+
+
 def test_a_vm_outlives_the_command_that_started_it(registry: Registry, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from outboard.vmm.launch import launch\n"
