@@ -88,6 +88,11 @@ def returning(command: str, value: object) -> Twist:
     return answering(command, json.dumps({"return": value}).encode() + b"\n")
 
 
+def seconds(error: type[OutboardError]) -> float:
+    """Short where the timeout is what is tested, long where a loaded machine must not turn another error into it."""
+    return 0.5 if error is UnreachableError else 9
+
+
 BOMB = b"[" * 100_000
 PART = base64.b64encode(b"x" * 100).decode()
 
@@ -115,11 +120,11 @@ PART = base64.b64encode(b"x" * 100).decode()
     ],
 )
 def test_a_hostile_program(tmp_path: Path, twist: Twist, error: type[OutboardError], words: str) -> None:
-    with FakeAgent(tmp_path / "a", {}, twist=twist), GuestAgent(tmp_path / "a", 0.4) as agent:
+    with FakeAgent(tmp_path / "a", {}, twist=twist), GuestAgent(tmp_path / "a", seconds(error)) as agent:
         began = time.monotonic()
         with pytest.raises(error, match=words):
             agent.run("/bin/echo", "x")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         with pytest.raises(UnreachableError, match="is over"):
             agent.run("/bin/echo", "x")
 
@@ -135,11 +140,14 @@ def test_a_hostile_program(tmp_path: Path, twist: Twist, error: type[OutboardErr
     ],
 )
 def test_a_hostile_file(tmp_path: Path, twist: Twist, error: type[OutboardError], words: str) -> None:
-    with FakeAgent(tmp_path / "a", {"/f": bytes(1000)}, twist=twist) as fake, GuestAgent(tmp_path / "a", 0.4) as agent:
+    with (
+        FakeAgent(tmp_path / "a", {"/f": bytes(1000)}, twist=twist) as fake,
+        GuestAgent(tmp_path / "a", seconds(error)) as agent,
+    ):
         began = time.monotonic()
         with pytest.raises(error, match=words):
             list(agent.read_file("/f", 64))
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         # The conversation is over: it is not asked to close what it has.
         assert "guest-file-close" not in fake.commands
 
@@ -151,7 +159,7 @@ def test_a_file_without_end_ends_with_the_deadline(tmp_path: Path) -> None:
         with pytest.raises(UnreachableError):
             for _ in agent.read_file("/f", 100, deadline=began + 0.3):
                 pass
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
 
 
 def test_a_refusal_is_shown_short_and_harmless(tmp_path: Path) -> None:
@@ -186,8 +194,8 @@ def test_an_agent_that_does_not_synchronise(tmp_path: Path, twist: Twist, error:
     with FakeAgent(tmp_path / "a", {}, twist=twist):
         began = time.monotonic()
         with pytest.raises(error):
-            GuestAgent(tmp_path / "a", 0.3)
-        assert time.monotonic() - began < 2
+            GuestAgent(tmp_path / "a", seconds(error))
+        assert time.monotonic() - began < 10
     assert len(proc.descriptors(os.getpid())) == before
 
 

@@ -112,7 +112,7 @@ def test_a_program_that_lies(tmp_path: Path, out: bytes) -> None:
     began = time.monotonic()
     with serve(tmp_path, b"", twist=program_says(out)), pytest.raises(PeerError, match="the guest's /proc/kpageflags"):
         list(take(tmp_path, [(0, 512 * MIB)]))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 def test_a_program_that_hangs(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_a_program_that_hangs(tmp_path: Path) -> None:
         b'{"return": {"exited": false}}\n' if command == "guest-exec-status" else proper
     )
     with serve(tmp_path, b"", twist=twist), pytest.raises(UnreachableError):
-        list(take(tmp_path, [(0, 512 * MIB)], seconds=0.3))
-    assert time.monotonic() - began < 3
+        list(take(tmp_path, [(0, 512 * MIB)], seconds=0.5))
+    assert time.monotonic() - began < 10
 
 
 def test_an_agent_that_changes_its_mind(tmp_path: Path) -> None:

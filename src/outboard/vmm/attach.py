@@ -64,7 +64,7 @@ def _monitor_of(pid: int) -> Monitor:
     failure: OutboardError | None = None
     for path in paths:
         try:
-            monitor = Monitor.connect(path, timeout=1 if len(paths) > 1 else 5)
+            monitor = Monitor.connect(path, timeout=2 if len(paths) > 1 else 5)
         except UnreachableError as error:
             failure = failure or error
             continue
