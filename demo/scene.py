@@ -25,6 +25,7 @@ from .vms import (
     OTHER_CORE,
     VMS,
     Job,
+    Vm,
     wait_for_port,
 )
 
@@ -39,6 +40,8 @@ class Workload:
     """What every arm's VMs do.
 
     :ivar churn_mib: filled and freed in the VM that moves, before it does.
+    :ivar connections: of the client to each VM.
+    :ivar contended: whether there is a second VM on the core.
     """
 
     kernel: Path
@@ -48,6 +51,12 @@ class Workload:
     working_set_mib: int = 256
     churn_mib: int = 300
     connections: int = 4
+    contended: bool = True
+
+    @property
+    def vms(self) -> tuple[Vm, ...]:
+        """The VMs on host A."""
+        return VMS if self.contended else (EVICTED,)
 
 
 class LinkSampler:
@@ -103,14 +112,14 @@ def play(arm: Arm, workload: Workload, shape: str, say: Say, *, churned: bool = 
 def _boot(hosts: Hosts, workload: Workload) -> str:
     """Start both VMs on host A and bring them on one core; returns what accelerates them."""
     bed = hosts.bed
-    for vm in VMS:
+    for vm in workload.vms:
         spec = bed.directory / f"{vm.name}.toml"
         spec.write_text(vm.spec(workload.kernel, workload.initrd, workload.memory))
         hosts.outboard(bed.a, "run", str(spec))
-    for vm in VMS:
+    for vm in workload.vms:
         wait_for_port(bed.client, vm.address, MEMCACHED_PORT, BOOT_S)
     wait_for_port(bed.client, EVICTED.address, JOB_PORT, BOOT_S)
-    for vm in VMS:
+    for vm in workload.vms:
         monitor = hosts.monitor(bed.a, vm)
         try:
             monitor.pin(CONTENDED_CORE)
@@ -121,7 +130,7 @@ def _boot(hosts: Hosts, workload: Workload) -> str:
 
 
 def _measure(arm: Arm, bed: Testbed, job: Job, workload: Workload, say: Say, *, churned: bool, accelerator: str) -> Run:
-    targets = {vm.name: (vm.address, MEMCACHED_PORT) for vm in VMS}
+    targets = {vm.name: (vm.address, MEMCACHED_PORT) for vm in workload.vms}
     with Load(bed.client, targets, workload.connections) as load:
         sampler = LinkSampler(bed)
         try:
