@@ -21,6 +21,13 @@ def cpu_group(target: Target, tid: int) -> str:
     return next(path for _, kinds, path in (line.split(":", 2) for line in lines) if wanted in kinds.split(","))
 
 
+WEIGHT_OF_ONE = 1024 if cgroup.cpu_version() == 1 else 100
+
+
+def weight(group: CpuGroup) -> int:
+    return int((group.path / ("cpu.shares" if cgroup.cpu_version() == 1 else "cpu.weight")).read_text())
+
+
 def writers(target: Target) -> list[int]:
     target.ask("g")
     return [thread.tid for thread in proc.threads(target.pid) if thread.tid != target.pid]
@@ -38,6 +45,7 @@ def test_only_the_threads_put_in_are_limited_and_all_go_back() -> None:
             assert cpu_group(target, first).endswith("/outboard-test")
             assert cpu_group(target, third) == before[third]
             assert cpu_group(target, target.pid) == before[target.pid]
+            assert weight(group) == 2 * WEIGHT_OF_ONE
             group.limit(0.05)
             while group.throttled() == 0:
                 select.select([], [], [], 0.02)

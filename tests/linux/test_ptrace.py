@@ -19,6 +19,7 @@ from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
 from tests.support.requirements import require
 from tests.support.target import Target
 
+SYS_poll = 7
 SYS_getpid = 39
 SYS_gettid = 186
 SYS_getppid = 110
@@ -93,6 +94,22 @@ def test_a_signal_that_comes_while_stopped_is_delivered_afterwards_with_what_it_
             assert stopped.syscall("getpid", SYS_getpid) == target.pid
             assert pending(target) & 1 << signal.SIGUSR1 - 1
         assert target.ask("k") == "1 4711"
+
+
+def test_a_signal_that_comes_before_the_thread_has_stopped_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = ptrace._ptrace
+
+    def late(operation: str, request: int, tid: int, address: int = 0, data: int = 0) -> None:
+        if operation == "INTERRUPT":
+            os.kill(tid, signal.SIGUSR1)
+            proc.wait_stopped(tid)
+        call(operation, request, tid, address, data)
+
+    monkeypatch.setattr(ptrace, "_ptrace", late)
+    with Target(threads=0) as target:
+        with Stopped(target.pid) as stopped:
+            assert stopped.syscall("getpid", SYS_getpid) == target.pid
+        assert target.ask("k").split()[0] == "1"
 
 
 def pending(target: Target) -> int:
@@ -171,7 +188,8 @@ def test_an_interrupted_wait_leaves_the_target_whole(monkeypatch: pytest.MonkeyP
         with Stopped(target.pid) as stopped:
             monkeypatch.setattr(os, "waitid", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                stopped.syscall("getpid", SYS_getpid)
+                # Long enough for the exception to find it on its way.
+                stopped.syscall("poll", SYS_poll, 0, 0, 100)
         assert target.ask("r 3") == "3"
         monkeypatch.setattr(os, "waitid", interrupted)
         with pytest.raises(KeyboardInterrupt), Stopped(target.pid):

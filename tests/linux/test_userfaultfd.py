@@ -243,6 +243,7 @@ def test_a_page_may_be_placed_write_protected(target: Target) -> None:
         target.say("w 3 9")
         assert next_fault(uffd).flags == FaultFlag.WRITE | FaultFlag.WP
         uffd.write_protect(target.at(3), 4096, protect=False, dont_wake=True)
+        assert target.waits()
         uffd.wake(target.at(3), 4096)
         assert target.answer() == "written"
 
@@ -270,6 +271,8 @@ def test_close_is_idempotent_and_final() -> None:
     uffd = Userfaultfd.open()
     uffd.close()
     uffd.close()
+    # Its number may be somebody else's by now.
+    assert uffd.fileno() == -1
     with pytest.raises(KernelError) as caught:
         uffd.wake(0, 4096)
     assert caught.value.errno == errno.EBADF

@@ -61,6 +61,7 @@ class CpuGroup:
     """A group below the one that process ``pid`` is in, for some of its threads; a context manager.
 
     A group of that name that a predecessor left behind is taken over, with the threads in it.
+    ``path`` is its directory.
 
     :raise KernelError: ENOENT: no cpu controller is mounted; EACCES, EROFS: groups cannot be made there; EOPNOTSUPP:
         version 2 hands controllers down in the process's group that do not work on threads.
@@ -75,23 +76,23 @@ class CpuGroup:
         self._version, self._mount = hierarchy
         self._pid = pid
         self._home = _group_of(pid, pid, self._version, self._mount)
-        self._path = self._home / name
-        self._members = self._path / ("tasks" if self._version == 1 else "cgroup.threads")
+        self.path = self._home / name
+        self._members = self.path / ("tasks" if self._version == 1 else "cgroup.threads")
         self._came_from: dict[int, Path] = {}
         self._handed_down = False
         try:
-            self._path.mkdir(exist_ok=True)
+            self.path.mkdir(exist_ok=True)
         except OSError as error:
-            raise KernelError(f"mkdir of {self._path}", error.errno or 0) from error
+            raise KernelError(f"mkdir of {self.path}", error.errno or 0) from error
         try:
             if self._version == 2:
                 self._make_threaded()
         except KernelError:
-            self._path.rmdir()
+            self.path.rmdir()
             raise
 
     def _make_threaded(self) -> None:
-        _write(self._path / "cgroup.type", "threaded")
+        _write(self.path / "cgroup.type", "threaded")
         switch = self._home / "cgroup.subtree_control"
         if "cpu" not in switch.read_text().split():
             _write(switch, "+cpu")
@@ -117,13 +118,13 @@ class CpuGroup:
         """
         came_from = _group_of(self._pid, tid, self._version, self._mount)
         _write(self._members, str(tid))
-        if came_from != self._path:
+        if came_from != self.path:
             self._came_from[tid] = came_from
         count = len(self.threads())
         if self._version == 1:
-            _write(self._path / "cpu.shares", str(min(1024 * count, 262_144)))
+            _write(self.path / "cpu.shares", str(min(1024 * count, 262_144)))
         else:
-            _write(self._path / "cpu.weight", str(min(100 * count, 10_000)))
+            _write(self.path / "cpu.weight", str(min(100 * count, 10_000)))
 
     def limit(self, processors: float | None) -> None:
         """Let all of them together have so much processor time: 0.5 is half of one; None is no limit.
@@ -132,14 +133,14 @@ class CpuGroup:
         """
         quota = None if processors is None else round(processors * PERIOD_US)
         if self._version == 1:
-            _write(self._path / "cpu.cfs_period_us", str(PERIOD_US))
-            _write(self._path / "cpu.cfs_quota_us", "-1" if quota is None else str(quota))
+            _write(self.path / "cpu.cfs_period_us", str(PERIOD_US))
+            _write(self.path / "cpu.cfs_quota_us", "-1" if quota is None else str(quota))
         else:
-            _write(self._path / "cpu.max", f"{'max' if quota is None else quota} {PERIOD_US}")
+            _write(self.path / "cpu.max", f"{'max' if quota is None else quota} {PERIOD_US}")
 
     def throttled(self) -> int:
         """In how many periods so far its threads wanted more than the limit."""
-        words = (self._path / "cpu.stat").read_text().split()
+        words = (self.path / "cpu.stat").read_text().split()
         return int(words[words.index("nr_throttled") + 1])
 
     def close(self) -> None:
@@ -147,7 +148,7 @@ class CpuGroup:
 
         :raise KernelError: EBUSY: a member starts threads faster than they are moved; the limit is lifted.
         """
-        if not self._path.exists():
+        if not self.path.exists():
             return
         self.limit(None)
         back = "tasks" if self._version == 1 else "cgroup.threads"
@@ -158,8 +159,8 @@ class CpuGroup:
                 if error.errno != errno.ESRCH:
                     raise
         try:
-            self._path.rmdir()
+            self.path.rmdir()
         except OSError as error:
-            raise KernelError(f"rmdir of {self._path}", error.errno or 0) from error
+            raise KernelError(f"rmdir of {self.path}", error.errno or 0) from error
         if self._handed_down and not any(self._home.glob("*/cgroup.type")):
             _write(self._home / "cgroup.subtree_control", "-cpu")

@@ -25,7 +25,7 @@ def set_parent_death_signal(number: signal.Signals) -> None:
 
 
 def set_name(name: str) -> None:
-    """Set this thread's name in process listings, cut to 15 bytes."""
-    raw = ctypes.create_string_buffer(name.encode()[:15])
+    """Set this thread's name in process listings, which the kernel cuts to 15 bytes."""
+    raw = ctypes.create_string_buffer(name.encode())
     if libc.prctl(PR_SET_NAME, ctypes.addressof(raw), 0, 0, 0) < 0:
         raise KernelError("prctl(PR_SET_NAME)", ctypes.get_errno())

@@ -33,8 +33,7 @@ def advise(pidfd: int, ranges: Sequence[tuple[int, int]] | NDArray[np.uint64], a
     :raise KernelError: EINVAL: that advice does not go with that mapping; ENOMEM: nothing is mapped there; EPERM. The
         ranges before the one that was refused have been advised on.
     """
-    # A copy of ours: a call that stops half-way tells bytes, and the rest of its range is asked for again.
-    vector = np.array(ranges, dtype=np.uint64).reshape(-1, 2)
+    vector = np.ascontiguousarray(ranges, dtype=np.uint64).reshape(-1, 2)
     done = at = 0
     while at < len(vector):
         part = vector[at : at + _MOST]
@@ -48,10 +47,6 @@ def advise(pidfd: int, ranges: Sequence[tuple[int, int]] | NDArray[np.uint64], a
             0,
         )
         done += step
-        ends = np.cumsum(part[:, 1])
-        whole = int(np.searchsorted(ends, step, side="right"))
-        if whole < len(part):
-            inside = step - (int(ends[whole - 1]) if whole else 0)
-            part[whole] += np.array([inside, -inside], dtype=np.int64).astype(np.uint64)
-        at += whole
+        # Where a range is refused the kernel tells the bytes of those before it; asked again from there, it tells why.
+        at += int(np.searchsorted(np.cumsum(part[:, 1]), step, side="right"))
     return done
