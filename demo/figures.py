@@ -45,6 +45,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     """What the product under test did, in its own words and by its VMM's events.
 
     :ivar command_at: CLOCK_MONOTONIC when the product's server (QEMU's monitor, Outboard's agent) was asked.
+    :ivar lead_s: from the start of the product's command to that moment.
     :ivar total_s: None when it did not converge.
     :ivar watched_s: how long the client was at work after the command.
     :ivar note: for the reader of the report; empty when all is as it should be.
@@ -53,6 +54,7 @@ class Outcome(msgspec.Struct, kw_only=True):
 
     command_at: float
     converged: bool
+    lead_s: float = 0.0
     watched_s: float = 0.0
     time_to_stop_s: float | None = None
     time_to_resume_s: float | None = None

@@ -77,7 +77,8 @@ class OutboardArm:
         bed = self._hosts.bed
         log = bed.directory / "migrate.ndjson"
         source = self._hosts.monitor(bed.a, vm)
-        until = time.monotonic() + self.limit_s
+        began = time.monotonic()
+        until = began + self.limit_s
         with log.open("wb") as output:
             process = bed.a.popen(
                 [str(OUTBOARD), "migrate", vm.name, "b", f"--{self.method}", "-o", "ndjson", "--wait"],
@@ -86,7 +87,11 @@ class OutboardArm:
                 environment=self._hosts.environment(bed.a),
             )
         try:
-            destination = self._hosts.monitor(bed.b, vm)
+            try:
+                destination = self._hosts.monitor(bed.b, vm)
+            except TestbedError as error:
+                said = log.read_text().strip()
+                raise TestbedError(f"{self.name}: no VM came up on host B; outboard migrate says: {said}") from error
             resumed(destination)
             resume = wait_for(destination, "RESUME", until, lambda: process.poll() is not None)
             try:
@@ -101,7 +106,9 @@ class OutboardArm:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-        return self._outcome(log, None if stop is None else stop.at, resume)
+        outcome = self._outcome(log, None if stop is None else stop.at, resume)
+        outcome.lead_s = outcome.command_at - began
+        return outcome
 
     def _outcome(self, log: Path, stop: float | None, resume: float | None) -> Outcome:
         summary = last_line(log)

@@ -75,6 +75,13 @@ def _charts(document: Document, evicted: str) -> str:
     return "".join(parts)
 
 
+def _lead(document: Document) -> str:
+    leads = [run.outcome.lead_s for run in document.runs if run.outcome.lead_s]
+    if not leads:
+        return ""
+    return f"The outboard command, a Python program, took {statistics.median(leads):.1f} s to start before that."
+
+
 def _method(document: Document) -> str:
     settings, machine = document.settings, document.machine
     link = "unshaped" if settings.shape not in LINK_BYTES_PER_S else f"shaped by TBF to {settings.shape} at both ends"
@@ -88,8 +95,7 @@ def _method(document: Document) -> str:
         "is not zero; arms called “unchurned” leave that out. The client keeps "
         f"{settings.connections} connections to each VM, one request outstanding on each, nine gets to one set, and "
         f"checks every value. It used {percent(client)} of a core.",
-        "Command": "The moment at which QEMU's monitor or Outboard's agent is asked. Starting the outboard command "
-        "itself, a Python program, takes about a third of a second before that.",
+        "Command": f"The moment at which QEMU's monitor or Outboard's agent is asked. {_lead(document)}",
         "Resumed after": "Command to the RESUME event of the destination's QEMU.",
         "Blackout": "STOP event of the source's QEMU to RESUME event of the destination's, for both products.",
         "Longest gap": "The longest stall between two 20 ms ticks of the guest's clock, which stands still in the "
