@@ -17,6 +17,8 @@ from outboard.errors import NotAuthorisedError, UnreachableError
 from outboard.wire import frames
 from outboard.wire.frames import Decoder, Frame, Kind, Pages, PageSetPart
 
+_RECORD = 16384
+"""The most that one TLS record holds."""
 _STALLED = struct.pack("@ll", 30, 0)
 """struct timeval: how long a peer may take over one record that it has begun."""
 
@@ -50,6 +52,8 @@ class Channel:
             connection.setsockopt(socket.SOL_SOCKET, option, _STALLED)
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(connection, select.POLLOUT)
         self._ready: Frame | None = None
 
     def fileno(self) -> int:
@@ -68,9 +72,13 @@ class Channel:
 
     def _send(self, data: bytes | bytearray | memoryview) -> None:
         view = memoryview(data).cast("B")
+        at = 0
         try:
-            with self._using:
-                self.socket.sendall(view)
+            while at < len(view):
+                # Wait for room without the lock: the peer may be waiting for us to read before it reads.
+                self._writable.poll()
+                with self._using:
+                    at += self.socket.send(view[at : at + _RECORD])
         except (OSError, ValueError) as error:
             raise self._gone(error) from error
         self.bytes_sent += len(view)

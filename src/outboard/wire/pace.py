@@ -6,9 +6,9 @@ the pacing (SO_MAX_PACING_RATE, which needs no fq qdisc).
 
 What the link carries is the most goodput that 40 ms have shown: at first the bulk runs free, until that stops growing.
 Goodput is counted from the bytes acknowledged, since the kernel's own delivery rate would take a token bucket's burst
-for the rate of the link. A single long round trip is no sign of a queue, for acknowledgements also wait for a busy
-processor; long ones for several windows in which the link carried less than it was given are. Where round trips are
-short the estimate creeps up, to find out when a link has grown faster.
+for the rate of the link. From then on the pace follows round trips, looked at three windows at a time, for one long
+round trip may be a busy processor's. Short: creep up, to find out what more the link carries. Long: yield, but not
+below nine tenths of what the link has carried. Very long, and less carried than was sent: the link has become slower.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 _WINDOW_S = 0.04
-_BELOW = 0.92
-_CREEP = 1.01
+_BELOW = 0.95
+_CREEP = 1.003
+_YIELD = 0.99
+_LEAST = 0.9
 _GROWTH = 1.1
-_FLAT_WINDOWS = 2
-_QUEUE_US = 4000
-"""A smoothed round trip this much above the least one: the queue of a link, not of a processor."""
-_QUEUED_WINDOWS = 3
-_CLEAR_US = 700
+_SHORT_US = 700
+_LONG_US = 4000
+"""How much a smoothed round trip is above the least one: 700 us is a burst of the sender's own at a gigabit."""
+_IN_A_ROW = 3
 
 
 class LinkEstimate:
@@ -37,10 +38,9 @@ class LinkEstimate:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._then: tuple[float, int] | None = None
-        self._most = 0.0
-        self._flat = 0
-        self._queued = 0
-        self._known = False
+        self._carried = 0.0
+        self._aim: float | None = None
+        self._flat = self._short = self._long = 0
 
     def sample(self, acknowledged: int, rtt_us: int, min_rtt_us: int, *, busy: bool) -> None:
         """Take in what the kernel says of the connection.
@@ -59,20 +59,24 @@ class LinkEstimate:
         self._learn((acknowledged - before) / (now - then), rtt_us - min_rtt_us)
 
     def _learn(self, goodput: float, waited_us: int) -> None:
-        if not self._known:
-            self._flat = 0 if goodput > self._most * _GROWTH else self._flat + 1
-            self._known = self._flat >= _FLAT_WINDOWS
-        elif waited_us > _QUEUE_US and goodput < _BELOW * self._most:
-            self._queued += 1
-            if self._queued >= _QUEUED_WINDOWS:
-                self._most, self._queued = goodput / _BELOW, 0
+        if self._aim is None:
+            self._flat = 0 if goodput > self._carried * _GROWTH else self._flat + 1
+            self._carried = max(self._carried, goodput)
+            if self._flat >= _IN_A_ROW:
+                self._aim = self._carried
             return
-        elif waited_us < _CLEAR_US and goodput > 0.97 * _BELOW * self._most:
-            self._most *= _CREEP
-        self._queued = 0
-        self._most = max(self._most, goodput)
+        self._short = self._short + 1 if waited_us < _SHORT_US else 0
+        self._long = self._long + 1 if waited_us > _LONG_US else 0
+        self._carried = max(self._carried, goodput)
+        if self._long >= _IN_A_ROW and goodput < _LEAST * _BELOW * self._aim:
+            self._aim = self._carried = goodput
+            self._long = 0
+        elif self._short >= _IN_A_ROW:
+            self._aim *= _CREEP
+        elif waited_us >= _SHORT_US:
+            self._aim = max(self._aim * _YIELD, _LEAST * self._carried)
 
     @property
     def rate(self) -> float | None:
         """Bytes/s for the bulk; None while the link is being measured: as fast as it goes."""
-        return self._most * _BELOW if self._known else None
+        return None if self._aim is None else self._aim * _BELOW

@@ -1,0 +1,49 @@
+"""Hostile bytes: the decoder and every payload reader either accept what is within the limits or raise PeerError."""
+
+from __future__ import annotations
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from outboard.errors import PeerError
+from outboard.wire import frames
+from outboard.wire.frames import Decoder, Kind
+
+LIMIT = 100
+
+
+def read(frame: frames.Frame) -> None:
+    if frame.kind is Kind.PAGES:
+        pages = frames.decode_pages(frame.payload, LIMIT)
+        assert all(first >= 0 and count > 0 and first + count <= LIMIT for first, count in pages.runs)
+        assert len(pages.data) == 4096 * int((~pages.zero).sum())
+    elif frame.kind is Kind.REQUEST:
+        assert all(0 <= page < LIMIT for page in frames.decode_request(frame.payload, LIMIT))
+    elif frame.kind is Kind.PAGESET:
+        part = frames.decode_pageset(frame.payload, LIMIT)
+        assert part.first // 8 + part.bits.size <= (LIMIT + 7) // 8
+
+
+@settings(max_examples=400)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=64),
+            st.tuples(st.sampled_from(list(Kind)), st.binary(max_size=300)).map(
+                lambda pair: frames.header(pair[0], len(pair[1])) + pair[1]
+            ),
+        ),
+        max_size=6,
+    )
+)
+@example([frames.header(Kind.PAGES, 8) + b"\xff" * 8])
+def test_no_bytes_get_past_the_limits(pieces: list[bytes]) -> None:
+    decoder = Decoder()
+    for piece in pieces:
+        decoder.get_buffer()[: len(piece)] = piece
+        decoder.buffer_updated(len(piece))
+        try:
+            while (frame := decoder.next()) is not None:
+                read(frame)
+        except PeerError:
+            return
