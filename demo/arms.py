@@ -16,9 +16,11 @@ from typing import Protocol
 from .figures import Outcome
 from .hosts import Namespace, Testbed, TestbedError
 from .monitors import VmMonitor
-from .vms import Vm
+from .vms import Job, Vm
 
 OUTBOARD = Path(sys.executable).with_name("outboard")
+_PATIENCE_S = 120.0
+"""After which a command that should have ended is taken to hang."""
 
 
 class Arm(Protocol):
@@ -49,9 +51,10 @@ class Arm(Protocol):
         """
         ...
 
-    def check(self, vm: Vm) -> list[str] | None:
+    def check(self, vm: Vm, job: Job) -> list[str] | None:
         """Whatever the product can do to prove that it loses nothing, with the VM at host B.
 
+        :param job: at work in the VM.
         :return: the failures in words; None where there is nothing that it can do.
         """
         ...
@@ -94,7 +97,12 @@ class Hosts:
         """
         command = ["ip", "netns", "exec", host.name, str(OUTBOARD), *arguments]
         environment = os.environ | self.environment(host)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=_PATIENCE_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TestbedError(f"outboard {' '.join(arguments)} did not end in {_PATIENCE_S:.0f} s") from error
         if done.returncode:
             raise TestbedError(f"outboard {' '.join(arguments)} exited {done.returncode}: {done.stderr.strip()}")
         return done.stdout

@@ -22,7 +22,7 @@ from .arms import Hosts
 from .figures import Outcome
 from .hosts import LINK_ADDRESSES, TestbedError
 from .monitors import VmMonitor
-from .vms import Vm
+from .vms import Job, Vm
 
 PORT = 4444
 UNLIMITED = 10**12
@@ -101,7 +101,7 @@ class QemuArm:
                 outcome.note = f"the vCPU waited {blocked} ms in all for remote pages (postcopy-blocktime)"
         return outcome
 
-    def check(self, vm: Vm) -> None:
+    def check(self, vm: Vm, job: Job) -> None:
         """QEMU compares nothing."""
 
     def close(self) -> None:

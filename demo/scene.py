@@ -150,7 +150,7 @@ def _measure(arm: Arm, bed: Testbed, job: Job, workload: Workload, say: Say, *, 
         checks = job.check()
         traffic = load.finish()
     checks += traffic.broken + traffic.wrong
-    proof = arm.check(EVICTED) if outcome.converged else None
+    proof = arm.check(EVICTED, job) if outcome.converged else None
     if proof is not None:
         checks += proof + job.check()
     command, over = outcome.command_at, outcome.command_at + outcome.during_s

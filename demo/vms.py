@@ -97,6 +97,10 @@ class Job:
         self._ask("reset")
         return progress
 
+    def stop(self) -> None:
+        """Stop writing; what was written can still be checked."""
+        self._ask("stop")
+
     def check(self) -> list[str]:
         """Check every page of the working set, the job going on meanwhile; the failure in words, or nothing."""
         answer = self._ask("verify")
