@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from outboard.agent.config import runtime_dir
-from outboard.cli.output import output_option, print_json, print_table, size_text
+from outboard.cli.output import output_option, print_json, print_table
 from outboard.errors import NotFoundError
 from outboard.vmm import launch
 from outboard.vmm.registry import Registry, VmRecord
@@ -56,7 +56,7 @@ def run(file: Path, accel: str | None, output: str) -> None:
         )
         return
     columns = ["vm", "pid", "accelerator", "memory", "vcpus", "monitor"]
-    row = [record.name, str(record.pid), record.accelerator, size_text(record.memory_bytes), str(record.vcpus)]
+    row = [record.name, str(record.pid), record.accelerator, spec.memory, str(record.vcpus)]
     print_table(columns, [[*row, str(record.qmp_socket)]], empty="")
     if spec.accel == "auto" and record.accelerator == "tcg":
         click.echo(f"{record.name} runs many times slower than it could: {record.accelerator_reason}", err=True)

@@ -23,6 +23,7 @@ from outboard.errors import (
     RefusedError,
     UnreachableError,
 )
+from outboard.linux import sched
 from outboard.migrate import messages
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.messages import Hello, Prepare
@@ -147,7 +148,9 @@ class Incoming:
         control = Conversation(streams["control"])
         # On this stream alone: the others belong to the workers from the fork on.
         control.send(messages.Welcome())
-        self._attend(control, faults, bulk, arrival)
+        # QEMU's main loop loads the devices, and the guest stands still meanwhile.
+        with sched.favoured([self._guest.emulator_thread()]):
+            self._attend(control, faults, bulk, arrival)
         self._settle(control, faults)
 
     def _attend(self, control: Conversation, faults: Worker, bulk: Worker, arrival: Arrival) -> None:

@@ -142,7 +142,9 @@ class Outgoing:
         try:
             self._prepare()
             self._copy()
-            self._switch()
+            # The guest stands still as long as QEMU's main loop and the thread it starts for this take.
+            with sched.favoured([self.guest.emulator_thread()]):
+                self._switch()
             self._finish()
         except BaseException as error:
             self._give_up(error)

@@ -233,10 +233,10 @@ class MessageTrace(_Registered):
         return runs
 
     def close(self) -> None:
-        # Unregistering wakes whoever waits, so the thread can end afterwards.
-        super().close()
+        # Whoever comes to wait after the thread has ended is woken by the unregistration.
         self._ending.set()
         self._thread.join()
+        super().close()
 
 
 class SoftDirtyTrace(WriteTrace):
