@@ -18,6 +18,7 @@ from outboard.migrate import messages
         messages.Barrier(3),
         messages.BarrierPassed(3),
         messages.Final(barrier=1),
+        messages.Settled(),
         messages.Forget(),
         messages.Live(),
         messages.AllSent(),

@@ -35,7 +35,7 @@ def only_at(vm: Vm, host: str) -> None:
 
 @pytest.mark.parametrize("method", ["enlightened", "post-copy", "pre-copy", "hybrid"])
 def test_a_writing_guest_moves_and_nothing_is_lost(vm: Vm, method: str) -> None:
-    code, output, errors = migrate(vm, "a", "b", f"--{method}")
+    code, output, errors = migrate(vm, "a", "b", f"--{method}", "--max-downtime", "1s")
     assert code == 0, errors + vm.cluster.a.log()[-2000:] + vm.cluster.b.log()[-2000:]
     summary = summary_of(output)
     assert summary["state"] == "completed"

@@ -220,6 +220,7 @@ class Incoming:
                 while self._passed < barrier:
                     hear_bulk(_STEP_S)
                 faults.tell(b"open")
+                control.send(messages.Settled())
             case messages.Forget():
                 self._pager.forget(self._sets[messages.FORGET])
                 self._sets[messages.FORGET] = PageSet(self._guest.pages)

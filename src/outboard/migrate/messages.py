@@ -50,6 +50,11 @@ class Final(Message, frozen=True, tag="final"):
     barrier: int
 
 
+class Settled(Message, frozen=True, tag="settled"):
+    """The destination's answer to Final: the barrier has passed, and what was to be forgotten is. Only from then on may
+    such pages be sent again."""
+
+
 class Forget(Message, frozen=True, tag="forget"):
     """The set of pages to forget has been sent (as PAGESET frames): they changed after they were sent."""
 
@@ -124,6 +129,7 @@ AnyMessage = (
     | Barrier
     | BarrierPassed
     | Final
+    | Settled
     | Forget
     | Live
     | AllSent

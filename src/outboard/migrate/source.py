@@ -282,11 +282,14 @@ class Outgoing:
         self.findings.stopped_at = departure.wait_paused(_STEP_S)
         self._settle_stale(control)
         if self.options.verify:
+            self._await_message(messages.Settled)
             self._send_rest(control)
             self._verify(control)
         departure.save()
         departure.wait_saved(_STEP_S)
         self._forget_late(control)
+        if not self.options.verify:
+            self._await_message(messages.Settled)
         self._await_message(messages.Loaded)
         if self._cancelled:
             raise CancelledError("cancelled at the switch-over; the VM runs at the source")
