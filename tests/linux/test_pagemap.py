@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 
 import numpy as np
 import pytest
 
 from outboard.errors import KernelError
+from outboard.linux import pagemap as pagemap_module
 from outboard.linux import ptrace
-from outboard.linux.pagemap import Category, Pagemap, clear_soft_dirty, has_soft_dirty
+from outboard.linux.pagemap import (
+    SOFT_DIRTY_ENTRY,
+    Category,
+    Pagemap,
+    clear_soft_dirty,
+    has_pagemap_scan,
+)
 from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
 from tests.support.requirements import require
 from tests.support.target import Target
@@ -82,7 +91,34 @@ def test_a_process_that_is_not_there() -> None:
         Pagemap(2**22 + 1)
 
 
-def test_soft_dirty_is_what_the_kernel_says_it_is() -> None:
-    if has_soft_dirty():
-        clear_soft_dirty(os.getpid())
+def test_soft_dirty_pages_are_those_written_since() -> None:
     require("soft-dirty")
+    with Target() as target, Pagemap(target.pid) as pagemap:
+        for page in (5, 100):
+            clear_soft_dirty(target.pid)
+            target.ask(f"w {page} 1")
+            target.ask("r 8")
+            dirty = pagemap.entries(target.start, target.pages) & np.uint64(SOFT_DIRTY_ENTRY)
+            assert np.flatnonzero(dirty).tolist() == [page]
+
+
+def test_clearing_for_a_process_that_is_not_there() -> None:
+    with pytest.raises(KernelError, match="clear_refs"):
+        clear_soft_dirty(2**22 + 1)
+
+
+def test_a_kernel_without_the_scan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object) -> int:
+        raise KernelError("PAGEMAP_SCAN", errno.ENOTTY)
+
+    monkeypatch.setattr(pagemap_module, "PAGEMAP_SCAN", lacking)
+    assert not has_pagemap_scan()
+
+
+def test_entries_of_a_process_that_has_ended() -> None:
+    with Target() as target, Pagemap(target.pid) as pagemap:
+        os.kill(target.pid, signal.SIGKILL)
+        target.ended()
+        with pytest.raises(KernelError, match="pagemap entries") as caught:
+            pagemap.entries(target.start, 4)
+        assert caught.value.errno == errno.ESRCH

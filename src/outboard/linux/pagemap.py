@@ -168,7 +168,9 @@ def has_pagemap_scan() -> bool:
 def clear_soft_dirty(pid: int) -> None:
     """Forget which pages of process ``pid`` were written, and note it again from now on.
 
-    :raise KernelError: EINVAL where the kernel has no soft-dirty pages.
+    A kernel without soft-dirty pages may accept that and note nothing: ask :func:`has_soft_dirty` before.
+
+    :raise KernelError: ENOENT: there is no such process; EACCES.
     """
     try:
         Path(f"/proc/{pid}/clear_refs").write_text("4")
