@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from outboard.errors import NotFoundError, SpecError
-from outboard.migrate.source import Destination
+from outboard.migrate.desk import Destination
 from outboard.vmm.spec import read_toml
 
 PORT = 7849

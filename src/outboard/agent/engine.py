@@ -19,12 +19,12 @@ import msgspec
 from outboard.errors import OutboardError
 from outboard.linux import prctl, sched
 from outboard.migrate import messages
-from outboard.migrate.desk import Order
+from outboard.migrate.desk import Destination, Order
 from outboard.migrate.destination import Incoming
 from outboard.migrate.messages import Prepare
 from outboard.migrate.method import Options
 from outboard.migrate.report import Progress, Summary
-from outboard.migrate.source import Destination, Outgoing
+from outboard.migrate.source import Outgoing
 from outboard.migrate.states import State
 from outboard.migrate.summary import summarise
 from outboard.vmm.attach import attach

@@ -1,15 +1,25 @@
-"""The desk: where a running migration gets its orders and hands in its reports.
+"""The desk: where a migration gets its destination and its orders, and hands in its reports.
 
 The engine implements it over its pipe to the agent; a test plays it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from outboard.migrate.report import Progress, Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The agent that shall take the VM: the host's name in its certificate, and where the agent listens."""
+
+    name: str
+    address: str
+    port: int
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

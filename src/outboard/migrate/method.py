@@ -6,8 +6,6 @@ from enum import Enum
 
 import msgspec
 
-from outboard.vmm.enlighten import PageClass
-
 
 class Method(Enum):
     """How a VM is moved; the value is the option's name on the command line."""
@@ -32,9 +30,6 @@ class Method(Enum):
         """Whether the VM may run at the destination with pages still missing."""
         return self is not Method.PRE_COPY
 
-
-EARLY = frozenset({PageClass.PAGE_TABLES, PageClass.KERNEL, PageClass.SLAB})
-"""What enlightened post-copy sends before the switch-over: what any guest touches at once, whatever it does."""
 
 EARLY_SECONDS = 2.0
 """At most this long: a guest with tens of GiB of slab switches over all the same."""

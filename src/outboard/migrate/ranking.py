@@ -13,10 +13,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.migrate.method import EARLY
 from outboard.migrate.outbox import NEVER, Outbox
 from outboard.pages.pageset import PageSet
 from outboard.vmm.enlighten import PageClass
+
+EARLY = frozenset({PageClass.PAGE_TABLES, PageClass.KERNEL, PageClass.SLAB})
+"""What enlightened post-copy sends before the switch-over: what any guest touches at once, whatever it does."""
 
 STALE_NOW = 0
 STALE_LATER = 1

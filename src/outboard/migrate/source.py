@@ -22,7 +22,7 @@ from outboard.errors import CancelledError, NeedsRecoveryError, OutboardError, P
 from outboard.linux import sched
 from outboard.migrate import messages, ranking
 from outboard.migrate.conversation import Conversation
-from outboard.migrate.desk import Cancel, Desk, Limit
+from outboard.migrate.desk import Cancel, Desk, Destination, Limit
 from outboard.migrate.messages import Message
 from outboard.migrate.method import EARLY_SECONDS, PAUSE_MOST_S, PAUSE_SHARE, WORTH_A_ROUND, Method, Options
 from outboard.migrate.outbox import NEVER, Outbox
@@ -54,15 +54,6 @@ _UNPACED = 100e6
 """Bytes/s that a link of unknown rate is taken to carry."""
 
 M = TypeVar("M", bound=Message)
-
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """The agent that shall take the VM: the host's name in its certificate, and where the agent listens."""
-
-    name: str
-    address: str
-    port: int
 
 
 @dataclass(slots=True)
