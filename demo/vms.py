@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from guest.build import COMMAND_LINE
+
 from .hosts import Namespace, Testbed, TestbedError
 
 MEMCACHED_PORT = 11211
@@ -33,7 +35,7 @@ class Vm:
         """What ``outboard run`` is given, TOML."""
         return (
             f'name = "{self.name}"\nmemory = "{memory}"\nvcpus = 1\n\n'
-            f'[boot]\nkernel = "{kernel}"\ninitrd = "{initrd}"\nappend = "console=ttyS0 quiet ip={self.address}"\n\n'
+            f'[boot]\nkernel = "{kernel}"\ninitrd = "{initrd}"\nappend = "{COMMAND_LINE} ip={self.address}"\n\n'
             f'[[networks]]\ntap = "tap-{self.name}"\nbridge = "guests"\nmac = "{self.mac}"\n'
         )
 

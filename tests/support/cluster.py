@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from guest.build import Image
+from guest.build import COMMAND_LINE, Image
 from outboard.vmm.guest_agent import GuestAgent
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.wire.pki import create_authority, issue_host
@@ -127,7 +127,7 @@ class Vm:
         spec = cluster.root / f"{name}.toml"
         spec.write_text(
             f'name = "{name}"\nmemory = "{mebibytes}MiB"\nvcpus = 1\naccel = "tcg"\n\n[boot]\n'
-            f'kernel = "{image.kernel}"\ninitrd = "{image.initrd}"\nappend = "console=ttyS0 quiet"\n'
+            f'kernel = "{image.kernel}"\ninitrd = "{image.initrd}"\nappend = "{COMMAND_LINE}"\n'
         )
         done = cluster.a.outboard("run", str(spec))
         assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from guest.build import Image, build
+from guest.build import COMMAND_LINE, Image, build
 
 ROOT = Path(__file__).parents[2]
 BOOT_S = 120
@@ -57,7 +57,7 @@ class Machine:
         if boot:
             files = image()
             command += ["-cpu", "max", "-kernel", os.fspath(files.kernel), "-initrd", os.fspath(files.initrd)]
-            command += ["-append", "console=ttyS0 quiet", "-serial", f"file:{self.console}"]
+            command += ["-append", COMMAND_LINE, "-serial", f"file:{self.console}"]
             command += ["-device", "virtio-serial-pci", "-chardev"]
             command += [f"socket,id=agent,path={self.agent},server=on,wait=off", "-device"]
             command += ["virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]

@@ -23,7 +23,7 @@ from outboard.errors import (
     RefusedError,
     UnreachableError,
 )
-from outboard.linux import sched
+from outboard.linux import pidfd, sched
 from outboard.migrate import messages
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.messages import Hello, Prepare
@@ -148,10 +148,15 @@ class Incoming:
         control = Conversation(streams["control"])
         # On this stream alone: the others belong to the workers from the fork on.
         control.send(messages.Welcome())
-        # QEMU's main loop loads the devices, and the guest stands still meanwhile.
-        with sched.favoured([self._guest.emulator_thread()]):
-            self._attend(control, faults, bulk, arrival)
-        self._settle(control, faults)
+        try:
+            # QEMU's main loop loads the devices, and the guest stands still meanwhile.
+            with sched.favoured([self._guest.emulator_thread()]):
+                self._attend(control, faults, bulk, arrival)
+            self._settle(control, faults)
+        except OutboardError as error:
+            with contextlib.suppress(OutboardError):
+                control.send(messages.Failed(why=str(error)))
+            raise
 
     def _attend(self, control: Conversation, faults: Worker, bulk: Worker, arrival: Arrival) -> None:
         """Do what the source says until no page is missing."""
@@ -177,7 +182,13 @@ class Incoming:
                     # It has done its work and ends; from now on it is silent.
                     speakers.pop(bulk.fileno())
 
+        def mourn() -> None:
+            raise OutboardError(f"QEMU of {self._guest.name}, process {self._guest.pid}, has ended at the destination")
+
+        vmm = pidfd.open(self._guest.pid)
+        self._cleanup.callback(pidfd.close, vmm)
         speakers: dict[int, Callable[[], object]] = {
+            vmm: mourn,
             control.channel.fileno(): take_frames,
             bulk.fileno(): hear_bulk,
             faults.fileno(): lambda: faults.hear(0),

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import CancelledError, NeedsRecoveryError, OutboardError, PeerError, UnreachableError
-from outboard.linux import sched
+from outboard.linux import pidfd, sched
 from outboard.migrate import messages, ranking
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.desk import Cancel, Desk, Destination, Limit
@@ -122,6 +122,7 @@ class Outgoing:
         self._done: list[Done] = []
         self._ordered = 0
         self._cancelled = False
+        self._vmm = -1
         self._barriers = self._passed = 0
 
     def run(self) -> None:
@@ -138,12 +139,16 @@ class Outgoing:
                 self._switch()
             self._finish()
         except BaseException as error:
+            begun = self.machine.state not in (State.NEW, State.PREPARING)
             self._give_up(error)
             if self.machine.state is State.PAUSED:
                 raise NeedsRecoveryError(
                     f"{self.guest.name} has been given to {self.destination.name}, and {len(self.outbox.unsent())} of "
                     f"its pages are still here: {error}"
                 ) from error
+            if begun and isinstance(error, UnreachableError):
+                # Its agent was there; what broke off is the migration.
+                raise OutboardError(f"{error}; the VM goes on at the source") from error
             raise
         finally:
             if self._control is not None:
@@ -156,6 +161,8 @@ class Outgoing:
 
     def _prepare(self) -> None:
         self._on(Event.PREPARE)
+        self._vmm = pidfd.open(self.guest.pid)
+        self._cleanup.callback(pidfd.close, self._vmm)
         target = self.destination
         self._agent = tls.connect(target.address, target.port, self._identity, target.name, _STEP_S)
         self._cleanup.callback(self._agent.close)
@@ -455,7 +462,7 @@ class Outgoing:
     def _pump(self, timeout: float) -> None:
         """Take in whatever anybody has to say."""
         control = self._control.channel if self._control is not None else None
-        speakers: dict[int, Callable[[], None]] = {self._desk.fileno(): self._take_order}
+        speakers: dict[int, Callable[[], None]] = {self._desk.fileno(): self._take_order, self._vmm: self._mourn}
         if control is not None:
             speakers[control.fileno()] = self._take_frame
         for worker in (self._bulk, self._answerer):
@@ -467,6 +474,9 @@ class Outgoing:
         self.watch.look()
         if self._cancelled and self.machine.accepts(Event.CANCEL):
             raise CancelledError("cancelled; the VM runs at the source")
+
+    def _mourn(self) -> None:
+        raise OutboardError(f"QEMU of {self.guest.name}, process {self.guest.pid}, has ended at the source")
 
     def _take_order(self) -> None:
         match self._desk.order():
