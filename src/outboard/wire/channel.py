@@ -19,8 +19,8 @@ from outboard.wire.frames import Decoder, Frame, Kind, Pages, PageSetPart
 
 _RECORD = 16384
 """The most that one TLS record holds."""
-_STALLED = struct.pack("@ll", 30, 0)
-"""struct timeval: how long a peer may take over one record that it has begun."""
+_STALLED_S = 30.0
+"""How long a peer may take over one record that it has begun."""
 
 
 class Channel:
@@ -45,11 +45,9 @@ class Channel:
         self._tls = connection if isinstance(connection, ssl.SSLSocket) else None
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Blocking, since an exception for each time that nothing waits would cost more than the record. A peer that
-        # stops in the middle of a record is given up after a while by the kernel's own timeouts.
-        connection.settimeout(None)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            connection.setsockopt(socket.SOL_SOCKET, option, _STALLED)
+        # With a timeout the ssl module waits for the rest of a record in C, and gives up a peer that never sends it. A
+        # blocking socket would be read again for ever: SO_RCVTIMEO reaches OpenSSL as "try again".
+        connection.settimeout(_STALLED_S)
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
         self._writable = select.poll()
@@ -134,7 +132,8 @@ class Channel:
     def receive(self, timeout: float | None = None) -> Frame:
         """The next frame; its payload is good until the next call.
 
-        :param timeout: seconds to wait for all of it; None waits for ever.
+        :param timeout: seconds to wait for all of it, and up to 30 more when the peer stops in the middle of a record;
+            None waits for ever.
         :raise UnreachableError: the peer closed the connection, or time is up.
         :raise PeerError: what came is no frame.
         """
@@ -142,8 +141,12 @@ class Channel:
             ready, self._ready = self._ready, None
             return ready
         deadline = None if timeout is None else time.monotonic() + timeout
+        late = False
         while (frame := self._decoder.next()) is None:
+            if late:
+                raise UnreachableError(f"{self.peer_name} did not send all of a frame in time")
             self._fill(deadline)
+            late = deadline is not None and time.monotonic() > deadline
         return frame
 
     def _fill(self, deadline: float | None) -> None:
