@@ -100,3 +100,24 @@ class KernelError(OutboardError, OSError):
 
     def __str__(self) -> str:
         return f"{self.operation}: {os.strerror(self.errno or 0)}"
+
+
+_BY_EXIT_CODE: dict[int, type[OutboardError]] = {
+    kind.exit_code: kind
+    for kind in (
+        OutboardError,
+        UsageError,
+        NotFoundError,
+        CancelledError,
+        NeedsRecoveryError,
+        NotAuthorisedError,
+        UnreachableError,
+    )
+}
+
+
+def error_of(exit_code: int, words: str) -> OutboardError:
+    """The error that another process of ours, here or on another host, has told of by its exit code and its words."""
+    if exit_code == RefusedError.exit_code:
+        return RefusedError("told", words)
+    return _BY_EXIT_CODE.get(exit_code, OutboardError)(words)

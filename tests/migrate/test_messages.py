@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outboard.errors import PeerError
+from outboard.errors import OutboardError, PeerError, RefusedError
 from outboard.migrate import messages
 
 
@@ -55,8 +55,10 @@ def test_near_misses_are_refused(payload: bytes) -> None:
 
 
 def test_a_peer_that_gives_up_is_heard() -> None:
-    with pytest.raises(PeerError, match="gave up: no room"):
+    with pytest.raises(OutboardError, match="gave up: no room"):
         messages.decode(messages.encode(messages.Failed(why="no room")))
+    with pytest.raises(RefusedError, match="gave up: large pages"):
+        messages.decode(messages.encode(messages.Failed(why="large pages", exit_code=4)))
 
 
 def test_a_message_out_of_turn_is_refused() -> None:

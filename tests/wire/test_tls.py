@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import resource
 import socket
 import ssl
 import threading
@@ -12,6 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from outboard.errors import (
     KernelError,
@@ -20,7 +25,9 @@ from outboard.errors import (
     OutboardError,
     RefusedError,
     UnreachableError,
+    UsageError,
 )
+from outboard.wire import tls
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind
 from outboard.wire.pki import create_authority, issue_host
@@ -182,6 +189,131 @@ def test_plain_text_and_silence_hold_up_nobody(listener: Listener, identities: P
             ours.send_message(b"x")
             assert bytes(accepted.receive(5).payload) == b"x"
             accepted.close()
+
+
+def test_more_silent_callers_than_are_greeted_at_once_hold_up_others_for_one_deadline(
+    identities: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "_HANDSHAKE_S", 0.3)
+    monkeypatch.setattr(tls, "_HANDSHAKES", 2)
+    with Listener(ADDRESS, PORTS, identities / "b") as listener:
+        silent = [socket.create_connection((ADDRESS, listener.port)) for _ in range(2)]
+        with connect(ADDRESS, listener.port, identities / "a", "b", 20) as ours:
+            for _ in silent:
+                with pytest.raises(NotAuthorisedError, match="timed out"):
+                    listener.accept(20)
+            with listener.accept(20) as theirs:
+                ours.send_message(b"x")
+                assert bytes(theirs.receive(5).payload) == b"x"
+        for caller in silent:
+            caller.close()
+
+
+def test_a_caller_that_drips_is_given_up_at_the_deadline(identities: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls, "_HANDSHAKE_S", 0.3)
+    stop = threading.Event()
+    with (
+        Listener(ADDRESS, PORTS, identities / "b") as listener,
+        socket.create_connection((ADDRESS, listener.port)) as slow,
+    ):
+
+        def drip() -> None:
+            # The head of a TLS record, and never the end of what it announces.
+            try:
+                for byte in b"\x16\x03\x01\x20\x00" + bytes(8192):
+                    slow.send(bytes([byte]))
+                    if stop.wait(0.01):
+                        return
+            except OSError:
+                return
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        with pytest.raises(NotAuthorisedError):
+            listener.accept(20)
+        stop.set()
+        dripping.join()
+
+
+def test_closing_waits_for_no_silent_caller(identities: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls, "_HANDSHAKE_S", 250.0)
+    monkeypatch.setattr(tls, "_HANDSHAKES", 2)
+    listener = Listener(ADDRESS, PORTS, identities / "b")
+    silent = [socket.create_connection((ADDRESS, listener.port)) for _ in range(4)]
+    # Two are being greeted, and the accepting thread waits for one of them to end.
+    while sum(thread.name == "handshake" for thread in threading.enumerate()) < 2:
+        threading.Event().wait(0.001)
+    began = time.monotonic()
+    listener.close()
+    assert time.monotonic() - began < 100
+    for caller in silent:
+        caller.close()
+
+
+def test_calls_that_nobody_accepted_end_with_the_listener(identities: Path) -> None:
+    listener = Listener(ADDRESS, PORTS, identities / "b")
+    with connect(ADDRESS, listener.port, identities / "a", "b", 5) as ours:
+        listener.close()
+        with pytest.raises(UnreachableError, match="gone"):
+            ours.receive(20)
+    for _ in range(2):
+        with pytest.raises(UnreachableError, match="was closed"):
+            listener.accept(20)
+
+
+def test_a_certificate_without_a_name_is_refused(listener: Listener, identities: Path, tmp_path: Path) -> None:
+    signer = serialization.load_pem_private_key((identities / "ca" / "ca-key.pem").read_bytes(), None)
+    root = x509.load_pem_x509_certificate((identities / "ca" / "ca.pem").read_bytes())
+    assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.UTC)
+    nameless = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([]))
+        .issuer_name(root.subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .sign(signer, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (tmp_path / "cert.pem").write_bytes(nameless.public_bytes(pem))
+    (tmp_path / "key.pem").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    (tmp_path / "ca.pem").write_bytes(root.public_bytes(pem))
+    with (
+        connect(ADDRESS, listener.port, tmp_path, "b", 5) as ours,
+        pytest.raises(NotAuthorisedError, match="names no host"),
+    ):
+        listener.accept(20)
+    assert ours.peer_name == "b"
+
+
+def test_no_free_descriptor_is_waited_out(listener: Listener) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as caller:
+        free = os.dup(caller.fileno())
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            caller.connect((ADDRESS, listener.port))
+            with pytest.raises(UnreachableError, match="nobody called"):
+                listener.accept(0.3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        caller.shutdown(socket.SHUT_WR)
+        with pytest.raises(NotAuthorisedError):
+            listener.accept(20)
+
+
+@pytest.mark.parametrize("name", ["", ".b", "b" * 70])
+def test_a_name_that_can_be_no_hosts(listener: Listener, identities: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="neither a host name"):
+        connect(ADDRESS, listener.port, identities / "a", name, 5)
+    with pytest.raises(UsageError, match="neither a host name"):
+        connect(name, listener.port, identities / "a", "b", 5)
 
 
 def test_nobody_there(identities: Path) -> None:

@@ -29,7 +29,7 @@ from outboard.agent.config import AgentConfig, socket_path, state_dir
 from outboard.agent.engine import Depart, Ended, Ready, Receive, Refused, run_engine
 from outboard.agent.history import History
 from outboard.agent.migrations import Migrations, Running
-from outboard.errors import OutboardError, RefusedError, UnreachableError, UsageError
+from outboard.errors import NotAuthorisedError, OutboardError, RefusedError, UnreachableError, UsageError, error_of
 from outboard.migrate import messages
 from outboard.migrate.method import Options
 from outboard.migrate.report import Summary
@@ -96,7 +96,9 @@ class Agent:
         target = self._config.find(request.host)
         record = self._registry.get(request.vm)
         if any(running.vm == record.name for running in self._migrations.active()):
-            raise RefusedError("migrating", f"{record.name} is being migrated; follow it with outboard migrations")
+            raise RefusedError(
+                "migrating", f"{record.name} is being migrated already; outboard cancel {record.name} stops that"
+            )
         migration = secrets.token_hex(8)
         task = Depart(
             migration=migration,
@@ -131,9 +133,13 @@ class Agent:
             except OutboardError as error:
                 log.warning("refused a peer", peer=channel.peer_name, why=str(error))
                 with contextlib.suppress(OutboardError, OSError):
-                    channel.send_message(messages.encode(messages.Failed(why=str(error))))
+                    channel.send_message(messages.encode(messages.Failed(why=str(error), exit_code=error.exit_code)))
 
     def _prepare(self, prepare: messages.Prepare, source: str) -> messages.Prepared:
+        if source not in self._config.hosts:
+            raise NotAuthorisedError(
+                f"{self._config.name} takes no VM from {source}: its agent.toml does not name it under [hosts]"
+            )
         log.info("a VM is coming", migration=prepare.migration, vm=prepare.vm, source=source)
         pipe = self._start_engine(
             Receive(source=source, listen=self._config.listen, ports=self._config.migration_ports, prepare=prepare)
@@ -144,7 +150,7 @@ class Agent:
         answer: Ready | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Ready | Refused)
         if isinstance(answer, Refused):
             pipe.close()
-            raise OutboardError(answer.why)
+            raise error_of(answer.exit_code, answer.why)
         threading.Thread(target=self._await_end, args=(prepare, pipe), daemon=True).start()
         return messages.Prepared(port=answer.port, tokens=answer.tokens)
 

@@ -9,36 +9,7 @@ from typing import Any
 import httpx
 
 from outboard.agent.config import socket_path
-from outboard.errors import (
-    CancelledError,
-    NeedsRecoveryError,
-    NotAuthorisedError,
-    NotFoundError,
-    OutboardError,
-    RefusedError,
-    UnreachableError,
-    UsageError,
-)
-
-_ERRORS: dict[int, type[OutboardError]] = {
-    kind.exit_code: kind
-    for kind in (
-        OutboardError,
-        UsageError,
-        NotFoundError,
-        CancelledError,
-        NeedsRecoveryError,
-        NotAuthorisedError,
-        UnreachableError,
-    )
-}
-
-
-def error_of(exit_code: int, words: str) -> OutboardError:
-    """The error that an agent reported, as one of ours."""
-    if exit_code == RefusedError.exit_code:
-        return RefusedError("agent", words)
-    return _ERRORS.get(exit_code, OutboardError)(words)
+from outboard.errors import UnreachableError, error_of
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from outboard.cli import api
 from outboard.cli.output import Bandwidth, Duration, output_option, print_json, size_text
+from outboard.errors import error_of
 from outboard.migrate import report
 
 _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.Decoder(report.Progress | report.Summary)
@@ -106,11 +107,11 @@ def _follow(migration: str, output: str) -> None:
             if isinstance(decoded, report.Summary):
                 summary = decoded
     if summary is None:
-        raise api.error_of(1, f"the engine of migration {migration} ended without a summary; see the agent's log")
+        raise error_of(1, f"the engine of migration {migration} ended without a summary; see the agent's log")
     if output == "table":
         _print_summary(summary)
     if summary.error is not None:
-        raise api.error_of(summary.exit_code, f"migration {migration} {summary.state.value}: {summary.error}")
+        raise error_of(summary.exit_code, f"migration {migration} {summary.state.value}: {summary.error}")
 
 
 def _read(line: str) -> report.Progress | report.Summary:
@@ -118,7 +119,7 @@ def _read(line: str) -> report.Progress | report.Summary:
         return _decode.decode(line)
     except msgspec.ValidationError:
         refused = msgspec.json.decode(line)
-        raise api.error_of(refused.get("exit_code", 1), refused.get("why", line)) from None
+        raise error_of(refused.get("exit_code", 1), refused.get("why", line)) from None
 
 
 def _draw(lines: Iterator[str]) -> report.Summary | None:

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator
 def prefer_this_process(priority: int = 1) -> bool:
     """Run this process ahead of all ordinary ones (SCHED_RR), for as long as it is awake.
 
-    :return: whether the kernel permits it (CAP_SYS_NICE); otherwise nothing has changed.
+    A cgroup v1 without real-time bandwidth of its own permits no real-time task; there it gets the best nice value.
+
+    :return: whether the kernel permits either (CAP_SYS_NICE); otherwise nothing has changed.
     """
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
     except PermissionError:
-        return False
+        return favour_this_process(-20)
     return True
 
 

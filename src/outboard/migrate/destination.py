@@ -155,7 +155,7 @@ class Incoming:
             self._settle(control, faults)
         except OutboardError as error:
             with contextlib.suppress(OutboardError):
-                control.send(messages.Failed(why=str(error)))
+                control.send(messages.Failed(why=str(error), exit_code=error.exit_code))
             raise
 
     def _attend(self, control: Conversation, faults: Worker, bulk: Worker, arrival: Arrival) -> None:

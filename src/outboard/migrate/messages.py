@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from outboard.errors import PeerError
+from outboard.errors import PeerError, error_of
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
@@ -96,9 +96,10 @@ class Arrived(Message, frozen=True, tag="arrived"):
 
 
 class Failed(Message, frozen=True, tag="failed"):
-    """The sender gives up, and why."""
+    """The sender gives up, and why; ``exit_code`` tells the kind of error, as in :mod:`outboard.errors`."""
 
     why: str
+    exit_code: int = 1
 
 
 class Prepare(Message, frozen=True, tag="prepare"):
@@ -161,14 +162,15 @@ def encode(message: Message) -> bytes:
 def decode(payload: bytes | memoryview) -> Message:
     """Read a MESSAGE frame's payload.
 
-    :raise PeerError: it is none of the messages above, or says that the peer gave up.
+    :raise PeerError: it is none of the messages above.
+    :raise OutboardError: it says that the peer gave up; of the kind that the peer met.
     """
     try:
         message: Message = _decoder.decode(payload)
     except msgspec.DecodeError as error:
         raise PeerError(f"the peer sent a message that is none of ours: {error}") from error
     if isinstance(message, Failed):
-        raise PeerError(f"the other host gave up: {message.why}")
+        raise error_of(message.exit_code, f"the other host gave up: {message.why}")
     return message
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
 from pathlib import Path
 
 from cryptography import x509
@@ -16,6 +17,8 @@ from outboard.errors import NotFoundError, RefusedError, UsageError
 
 _CA_DAYS = 3650
 _HOST_DAYS = 825
+_HOST_NAME = re.compile(r"(?=.{1,64}\Z)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*", re.I)
+"""RFC 1123; at most 64 characters, as X.520 has it for a common name. No wildcard: a certificate is one host's."""
 _SKEW = datetime.timedelta(hours=1)
 """Clocks of hosts differ: certificates begin to hold an hour before they are made."""
 
@@ -94,14 +97,26 @@ def _usage(*, sign: bool) -> x509.KeyUsage:
     )
 
 
+def _dns_name(name: str) -> x509.DNSName:
+    if not _HOST_NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no host name: at most 64 letters, digits, - and .")
+    return x509.DNSName(name)
+
+
+def _general_name(address: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(address))
+    except ValueError:
+        return _dns_name(address)
+
+
 def issue_host(authority: Path, directory: Path, name: str, addresses: list[str], days: int = _HOST_DAYS) -> None:
     """Issue a host's identity: ``key.pem`` (mode 0600), ``cert.pem`` and ``ca.pem`` in ``directory``.
 
     :param name: the host's name, by which other hosts know it; :param addresses: IP addresses or further DNS names.
-    :raise NotFoundError: no CA in ``authority``; :raise RefusedError: ``exists``; :raise UsageError: no such name.
+    :raise NotFoundError: no CA in ``authority``; :raise RefusedError: ``exists``; :raise UsageError: one is no name.
     """
-    if not name or not all(part.replace("-", "a").isalnum() for part in name.split(".")):
-        raise UsageError(f"{name!r} is no host name: letters, digits, - and . only")
+    names = [_dns_name(name), *map(_general_name, addresses)]
     _refuse_existing(directory, "key.pem", "cert.pem")
     try:
         signer = serialization.load_pem_private_key((authority / "ca-key.pem").read_bytes(), None)
@@ -110,12 +125,6 @@ def issue_host(authority: Path, directory: Path, name: str, addresses: list[str]
         raise NotFoundError(f"no cluster CA in {authority}: {error}; make one with outboard pki init") from error
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
         raise UsageError(f"{authority / 'ca-key.pem'} holds no key of a CA that Outboard made")
-    names: list[x509.GeneralName] = [x509.DNSName(name)]
-    for address in addresses:
-        try:
-            names.append(x509.IPAddress(ipaddress.ip_address(address)))
-        except ValueError:
-            names.append(x509.DNSName(address))
     key = ec.generate_private_key(ec.SECP256R1())
     both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     certificate = (

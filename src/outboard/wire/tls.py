@@ -14,12 +14,14 @@ import ssl
 import threading
 from pathlib import Path
 
-from outboard.errors import KernelError, NotAuthorisedError, NotFoundError, UnreachableError
+from outboard.errors import KernelError, NotAuthorisedError, NotFoundError, UnreachableError, UsageError
 from outboard.wire.channel import Channel
 
 _HANDSHAKE_S = 5.0
 _HANDSHAKES = 32
 """At most so many at a time: more callers than that wait in the kernel's queue."""
+_RETRY_S = 0.1
+"""How long no more callers are accepted after accept(2) has failed, as it does while no descriptor is free."""
 
 
 def _context(side: ssl._SSLMethod, identity: Path) -> ssl.SSLContext:
@@ -52,6 +54,16 @@ def name_of(connection: ssl.SSLSocket) -> str:
     raise NotAuthorisedError("the peer's certificate names no host")
 
 
+def _check_name(name: str) -> None:
+    # What the socket and ssl modules will do with it, which then would leave a socket open.
+    try:
+        if name.encode("idna"):
+            return
+    except UnicodeError:
+        pass
+    raise UsageError(f"{name!r} is neither a host name nor an address")
+
+
 def connect(address: str, port: int, identity: Path, expected_name: str, timeout: float, pages: int = 0) -> Channel:
     """Connect to a host and see that it is the one that was meant.
 
@@ -59,7 +71,10 @@ def connect(address: str, port: int, identity: Path, expected_name: str, timeout
     :raise UnreachableError: nobody answers there within ``timeout`` seconds.
     :raise NotAuthorisedError: its certificate is not the cluster's, or another host's.
     :raise NotFoundError: this host has no identity.
+    :raise UsageError: ``address`` or ``expected_name`` is none.
     """
+    for name in (address, expected_name):
+        _check_name(name)
     context = _context(ssl.PROTOCOL_TLS_CLIENT, identity)
     # A host may move between addresses; what must match is the name.
     try:
@@ -93,34 +108,71 @@ class Listener:
     def __init__(self, address: str, ports: tuple[int, int], identity: Path) -> None:
         self._context = _context(ssl.PROTOCOL_TLS_SERVER, identity)
         self._socket, self.port = _bind(address, ports)
-        self._made: queue.SimpleQueue[ssl.SSLSocket | Exception | None] = queue.SimpleQueue()
+        # A caller may be gone again between poll(2) and accept(2).
+        self._socket.setblocking(False)
+        self._made: queue.SimpleQueue[tuple[ssl.SSLSocket, str] | NotAuthorisedError | None] = queue.SimpleQueue()
         self._slots = threading.BoundedSemaphore(_HANDSHAKES)
         self._closing, self._stop = socket.socketpair()
+        self._changing = threading.Lock()
+        self._closed = False
+        self._calls: set[ssl.SSLSocket] = set()
         self._threads: set[threading.Thread] = set()
         self._accepting = threading.Thread(target=self._accept_all, name="listener", daemon=True)
         self._accepting.start()
 
     def _accept_all(self) -> None:
+        called, stopped = select.poll(), select.poll()
+        called.register(self._socket, select.POLLIN)
+        for poll in (called, stopped):
+            poll.register(self._stop, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._socket, self._stop], [], [])
-            if self._stop in ready:
+            called.poll()
+            self._slots.acquire()
+            if stopped.poll(0):
                 return
-            with contextlib.suppress(OSError):
+            try:
                 raw, _ = self._socket.accept()
-                self._slots.acquire()
-                thread = threading.Thread(target=self._handshake, args=(raw,), name="handshake", daemon=True)
-                self._threads = {one for one in self._threads if one.is_alive()} | {thread}
-                thread.start()
+            except OSError:
+                self._slots.release()
+                stopped.poll(_RETRY_S * 1000)
+                continue
+            thread = threading.Thread(target=self._answer, args=(raw,), name="handshake", daemon=True)
+            self._threads = {one for one in self._threads if one.is_alive()} | {thread}
+            thread.start()
 
-    def _handshake(self, raw: socket.socket) -> None:
+    def _answer(self, raw: socket.socket) -> None:
         try:
             raw.settimeout(_HANDSHAKE_S)
-            self._made.put(self._context.wrap_socket(raw, server_side=True))
-        except OSError as error:
+            # The handshake only once close() can find the call and end it.
+            call = self._context.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
+        except OSError:
             raw.close()
-            self._made.put(NotAuthorisedError(f"a caller could not show a certificate of this cluster: {error}"))
+        else:
+            self._greet(call)
         finally:
             self._slots.release()
+
+    def _greet(self, call: ssl.SSLSocket) -> None:
+        with self._changing:
+            if self._closed:
+                call.close()
+                return
+            self._calls.add(call)
+        made: tuple[ssl.SSLSocket, str] | NotAuthorisedError
+        try:
+            call.do_handshake()
+            made = (call, name_of(call))
+        except OSError as error:
+            made = NotAuthorisedError(f"a caller could not show a certificate of this cluster: {error}")
+        except NotAuthorisedError as error:
+            made = error
+        with self._changing:
+            self._calls.discard(call)
+            if self._closed or isinstance(made, NotAuthorisedError):
+                call.close()
+            # Refusals that nobody asks for do not pile up.
+            if not self._closed and (isinstance(made, tuple) or self._made.qsize() < _HANDSHAKES):
+                self._made.put(made)
 
     def accept(self, timeout: float | None, pages: int = 0) -> Channel:
         """The next connection whose handshake has succeeded.
@@ -134,20 +186,31 @@ class Listener:
         except queue.Empty:
             raise UnreachableError(f"nobody called port {self.port} within {timeout:.0f} s") from None
         if made is None:
+            self._made.put(None)
             raise UnreachableError(f"port {self.port} was closed")
-        if isinstance(made, Exception):
+        if isinstance(made, NotAuthorisedError):
             raise made
-        return Channel(made, name_of(made), pages)
+        return Channel(*made, pages)
 
     def close(self) -> None:
-        """Stop listening, and end the handshakes that are under way. Idempotent."""
-        if self._socket.fileno() < 0:
-            return
+        """Stop listening, and end the handshakes under way and the calls that nobody accepted. Idempotent."""
+        with self._changing:
+            if self._closed:
+                return
+            self._closed = True
+            for call in self._calls:
+                # SSLSocket's own would forget the session that the handshake's thread is using.
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(call, socket.SHUT_RDWR)
         self._closing.send(b"x")
         self._accepting.join()
         self._socket.close()
         for thread in self._threads:
             thread.join()
+        while not self._made.empty():
+            unclaimed = self._made.get()
+            if isinstance(unclaimed, tuple):
+                unclaimed[0].close()
         self._made.put(None)
         self._closing.close()
         self._stop.close()
