@@ -111,14 +111,16 @@ class Incoming:
         deadline = time.monotonic() + _STEP_S
         with listener:
             while len(streams) < len(messages.ROLES):
-                channel = listener.accept(max(0.0, deadline - time.monotonic()), self._guest.pages)
+                try:
+                    # Anybody may call this port: whoever is not of this migration is turned away, and the rest waited for.
+                    channel = listener.accept(max(0.0, deadline - time.monotonic()), self._guest.pages)
+                except NotAuthorisedError:
+                    continue
                 try:
                     hello = messages.expect(channel.receive(_STEP_S).payload, Hello)
                     self._authorise(channel, hello, tokens)
                 except OutboardError:
                     channel.close()
-                    if time.monotonic() > deadline:
-                        raise
                     continue
                 self._cleanup.callback(channel.close)
                 streams[hello.role] = channel
