@@ -112,7 +112,7 @@ class Incoming:
         with listener:
             while len(streams) < len(messages.ROLES):
                 try:
-                    # Anybody may call this port: whoever is not of this migration is turned away, and the rest waited for.
+                    # Anybody may call this port: who is not of this migration is turned away, and the rest waited for.
                     channel = listener.accept(max(0.0, deadline - time.monotonic()), self._guest.pages)
                 except NotAuthorisedError:
                     continue
