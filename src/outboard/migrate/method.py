@@ -38,7 +38,8 @@ PAUSE_SHARE = 0.25
 """The part of the allowed downtime, of at most PAUSE_MOST_S, that re-sending early pages may take in the pause; what
 does not fit is fetched after the resume."""
 
-PAUSE_MOST_S = 0.008
+PAUSE_MOST_S = 0.025
+"""Making a page absent again costs half a millisecond where QEMU has it mapped, sending it again a twentieth."""
 
 WORTH_A_ROUND = 0.7
 """Hybrid goes on with rounds while each leaves at most this share of what the one before left."""

@@ -1,8 +1,9 @@
 """In which order pages go: the outbox's ranks, from the guest's hints where there are any.
 
 Ranks, lowest first: STALE_NOW pages were sent early, were written since, and are sent again in the pause; STALE_LATER
-the same, fetched after the resume; then the classes of :class:`~outboard.vmm.enlighten.PageClass` in their order, the
-addresses ascending within each. Free pages have no turn.
+the same, fetched after the resume; then the classes of :class:`~outboard.vmm.enlighten.PageClass`, the kernel's
+before its users', the addresses ascending within each; last what the guest has said nothing of. Free pages have no
+turn.
 
 A hint decides order and what is skipped, nothing else. A page is skipped only if the guest held it free when asked and
 nobody has written it since: the write trace is armed before the guest is asked.
@@ -17,20 +18,33 @@ from outboard.migrate.outbox import NEVER, Outbox
 from outboard.pages.pageset import PageSet
 from outboard.vmm.enlighten import PageClass
 
-EARLY = frozenset({PageClass.PAGE_TABLES, PageClass.KERNEL, PageClass.SLAB})
-"""What enlightened post-copy sends before the switch-over: what any guest touches at once, whatever it does."""
-
 STALE_NOW = 0
 STALE_LATER = 1
 _FIRST_CLASS = 2
 LAST = NEVER - 1
 
-_RANK_OF: NDArray[np.uint8] = np.full(256, _FIRST_CLASS + PageClass.OTHER, dtype=np.uint8)
-for _class in PageClass:
-    _RANK_OF[_class] = NEVER if _class is PageClass.FREE else _FIRST_CLASS + _class
+_ORDER = (
+    PageClass.PAGE_TABLES,
+    PageClass.KERNEL,
+    PageClass.SLAB,
+    PageClass.OTHER,
+    PageClass.ACTIVE_ANON,
+    PageClass.ACTIVE_FILE,
+    PageClass.INACTIVE,
+)
+"""Live pages without a flag are the kernel's own, its stacks and the rings of its devices among them: QEMU touches
+those while it loads the devices, and each that is missing then lengthens the pause."""
 
-UNCLASSED = int(_RANK_OF[PageClass.OTHER])
-EARLY_UPTO = max(int(_RANK_OF[kind]) for kind in EARLY)
+UNCLASSED = _FIRST_CLASS + len(_ORDER)
+"""The rank of pages of which the guest has said nothing."""
+
+_RANK_OF: NDArray[np.uint8] = np.full(256, UNCLASSED, dtype=np.uint8)
+_RANK_OF[PageClass.FREE] = NEVER
+for _index, _class in enumerate(_ORDER):
+    _RANK_OF[_class] = _FIRST_CLASS + _index
+
+EARLY_UPTO = int(_RANK_OF[PageClass.OTHER])
+"""What enlightened post-copy sends before the switch-over: what any guest touches at once, whatever it does."""
 
 
 def rank_all(outbox: Outbox, populated: PageSet) -> None:

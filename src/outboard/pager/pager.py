@@ -85,13 +85,19 @@ class Pager:
         :raise KernelError: the kernel refused, ESRCH when the VMM has ended.
         """
         count = len(data) // PAGE_SIZE
+        where = self.residency.where
+        if count == 1 and where[first] == Where.RESIDENT:
+            # A page that changed after it was sent, or one that the answer to a fault has overtaken.
+            if not self.running:
+                self.guest.memory.write(first, data)
+            return
         for _, low, pages, hva in self._pieces(first, count):
             at = (low - first) * PAGE_SIZE
-            if not self.running and self.residency.where[low : low + pages].any():
+            if not self.running and where[low : low + pages].any():
                 self._replace(low, data[at : at + pages * PAGE_SIZE], hva, address + at)
             else:
                 self._copy(hva, address + at, pages * PAGE_SIZE)
-        self.residency.where[first : first + count] = Where.RESIDENT
+        where[first : first + count] = Where.RESIDENT
 
     def _replace(self, first: int, data: memoryview, hva: int, address: int) -> None:
         for index in range(len(data) // PAGE_SIZE):
