@@ -16,6 +16,8 @@ from pathlib import Path
 
 _SESSIONS = 8
 """How much of a busy machine the group gets beside a single session: VMs, agents and client would be as many."""
+_REAL_TIME_US = 400_000
+"""Of each second: a new group of version 1 may run no real-time task, as those of a host's ordinary services may."""
 
 
 def _hierarchy() -> tuple[Path, Path] | None:
@@ -56,9 +58,10 @@ class SchedulingGroup:
             root, self._before = hierarchy
             group = root / self._name
             group.mkdir()
-            for name, usual in (("cpu.shares", 1024), ("cpu.weight", 100)):  # version 1, version 2
+            shares = [("cpu.shares", 1024 * _SESSIONS), ("cpu.weight", 100 * _SESSIONS)]  # version 1, version 2
+            for name, value in [*shares, ("cpu.rt_runtime_us", _REAL_TIME_US)]:
                 if (group / name).exists():
-                    (group / name).write_text(str(usual * _SESSIONS))
+                    (group / name).write_text(str(value))
             (group / "cgroup.procs").write_text("0")
 
     def close(self) -> None:

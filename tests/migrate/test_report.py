@@ -43,7 +43,7 @@ def test_a_guest_that_writes_faster_than_the_link_does_not_converge() -> None:
 
 
 def watch(outbox: Outbox, desk: RecordingDesk, clock: list[float], method: Method) -> Watch:
-    made = Watch("m", "web", Options(method=method), Machine(), desk, lambda: clock[0])
+    made = Watch("m", "web", Options(method=method), Machine(), desk, lambda: clock[0], clock[0])
     made.outbox = outbox
     return made
 

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +31,7 @@ from outboard.agent.engine import Depart, Ended, Ready, Receive, Refused, run_en
 from outboard.agent.history import History
 from outboard.agent.migrations import Migrations, Running
 from outboard.errors import NotAuthorisedError, OutboardError, RefusedError, UnreachableError, UsageError, error_of
+from outboard.linux import sched
 from outboard.migrate import messages
 from outboard.migrate.method import Options
 from outboard.migrate.report import Summary
@@ -72,7 +74,7 @@ class Agent:
         self._migrations = Migrations()
         self._history = History(state_dir() / "history.db")
         self._engines = multiprocessing.get_context("forkserver")
-        self._engines.set_forkserver_preload(["outboard.agent.engine"])
+        self._engines.set_forkserver_preload(["outboard.agent.engine", "click"])
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _start_engine(self, task: Depart | Receive) -> Connection:
@@ -106,6 +108,7 @@ class Agent:
             source=self._config.name,
             destination=target,
             options=request.options,
+            began=time.monotonic(),
         )
         log.info("migration begins", migration=migration, vm=record.name, host=target.name)
         running = self._migrations.add(migration, record.name, self._start_engine(task))
@@ -228,6 +231,8 @@ class Agent:
         path = socket_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         _claim(path)
+        # Whoever asks for a migration waits for us.
+        sched.favour_this_process()
         # The first engine starts the server that the others are forked from; let that be now.
         warm = self._engines.Process(target=_nothing)
         warm.start()

@@ -36,13 +36,14 @@ from outboard.wire.token import TokenBook
 
 
 class Depart(msgspec.Struct, frozen=True, tag="depart"):
-    """Migrate a VM of this host (``source``) away."""
+    """Migrate a VM of this host (``source``) away; ``began`` is when the agent was told to, CLOCK_MONOTONIC."""
 
     migration: str
     vm: str
     source: str
     destination: Destination
     options: Options
+    began: float
 
 
 class Receive(msgspec.Struct, frozen=True, tag="receive"):
@@ -118,11 +119,10 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
 
 def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) -> Summary:
     """Migrate; every way it can end is a summary."""
-    started = time.time()
     record = registry.get(work.vm)
-    began = time.monotonic()
+    attaching = time.monotonic()
     with attach(qmp=record.engine_socket, name=work.vm, agent_path=record.agent_socket) as guest:
-        attach_ms = (time.monotonic() - began) * 1e3
+        attach_ms = (time.monotonic() - attaching) * 1e3
         outgoing = Outgoing(
             work.migration,
             guest,
@@ -132,6 +132,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             directory=record.directory,
             identity=identity,
             desk=desk,
+            began=work.began,
         )
         error: OutboardError | None = None
         try:
@@ -140,7 +141,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             error = failure
     if outgoing.machine.state is State.COMPLETED:
         registry.remove(work.vm)
-    return summarise(outgoing, source=work.source, started=started, attach_ms=attach_ms, error=error)
+    return summarise(outgoing, source=work.source, attach_ms=attach_ms, error=error)
 
 
 def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:

@@ -34,6 +34,19 @@ def favour_this_process(nice: int = -10) -> bool:
 
 
 @contextlib.contextmanager
+def ordinary() -> Iterator[None]:
+    """Let what is started meanwhile begin as others do, though this process is favoured: a nice value is inherited."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    if before < 0:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    try:
+        yield
+    finally:
+        if before < 0:
+            os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+@contextlib.contextmanager
 def favoured(tids: Iterable[int], nice: int = -15) -> Iterator[None]:
     """Let threads go ahead of their equals for a while, setpriority(2); afterwards each is as it was.
 

@@ -22,10 +22,18 @@ class Watch:
     """Looks at an outbox five times a second and reports.
 
     :param clock: seconds, monotonic.
+    :param began: when the command came, by that clock.
     """
 
     def __init__(
-        self, migration: str, vm: str, options: Options, machine: Machine, desk: Desk, clock: Callable[[], float]
+        self,
+        migration: str,
+        vm: str,
+        options: Options,
+        machine: Machine,
+        desk: Desk,
+        clock: Callable[[], float],
+        began: float,
     ) -> None:
         self._migration = migration
         self._vm = vm
@@ -33,7 +41,7 @@ class Watch:
         self._machine = machine
         self._desk = desk
         self._clock = clock
-        self._began = clock()
+        self._began = began
         self._next = 0.0
         self._fraction = 0.0
         self._seen: deque[tuple[float, int]] = deque(maxlen=_WINDOW)

@@ -27,13 +27,15 @@ _ORDER = (
     PageClass.PAGE_TABLES,
     PageClass.KERNEL,
     PageClass.SLAB,
-    PageClass.OTHER,
+    None,
     PageClass.ACTIVE_ANON,
     PageClass.ACTIVE_FILE,
+    PageClass.OTHER,
     PageClass.INACTIVE,
 )
-"""Live pages without a flag are the kernel's own, its stacks and the rings of its devices among them: QEMU touches
-those while it loads the devices, and each that is missing then lengthens the pause."""
+"""Pages without a flag are the kernel's own, its stacks and the rings of its devices among them: QEMU touches those
+while it loads the devices, and each that is missing then lengthens the pause. But so are the free pages that a
+processor keeps at hand, tens of megabytes. What tells them apart is that somebody writes: None stands for those."""
 
 UNCLASSED = _FIRST_CLASS + len(_ORDER)
 """The rank of pages of which the guest has said nothing."""
@@ -41,9 +43,10 @@ UNCLASSED = _FIRST_CLASS + len(_ORDER)
 _RANK_OF: NDArray[np.uint8] = np.full(256, UNCLASSED, dtype=np.uint8)
 _RANK_OF[PageClass.FREE] = NEVER
 for _index, _class in enumerate(_ORDER):
-    _RANK_OF[_class] = _FIRST_CLASS + _index
+    if _class is not None:
+        _RANK_OF[_class] = _FIRST_CLASS + _index
 
-EARLY_UPTO = int(_RANK_OF[PageClass.OTHER])
+EARLY_UPTO = _FIRST_CLASS + _ORDER.index(None)
 """What enlightened post-copy sends before the switch-over: what any guest touches at once, whatever it does."""
 
 
@@ -56,6 +59,11 @@ def rank_classes(outbox: Outbox, first: int, classes: NDArray[np.uint8]) -> None
     """Take the guest's word for the pages from ``first`` on, one class each; pages without memory stay without turn."""
     part = outbox.rank[first : first + classes.size]
     np.copyto(part, _RANK_OF[classes], where=part != NEVER)
+
+
+def rank_written(outbox: Outbox, pages: PageSet) -> None:
+    """Those of ``pages``, which were written lately, that carry no flag belong to what goes early."""
+    np.copyto(outbox.rank, np.uint8(EARLY_UPTO), where=pages.mask() & (outbox.rank == _RANK_OF[PageClass.OTHER]))
 
 
 def split_stale(outbox: Outbox, stale: PageSet, most: int) -> tuple[PageSet, PageSet]:

@@ -10,7 +10,8 @@ import contextlib
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,8 +24,9 @@ from outboard.linux import pidfd, sched
 from outboard.migrate import messages, ranking
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.desk import Cancel, Desk, Destination, Limit
+from outboard.migrate.hinting import Classed, Told, ask, decode_hint
 from outboard.migrate.messages import Message
-from outboard.migrate.method import EARLY_SECONDS, PAUSE_MOST_S, PAUSE_SHARE, WORTH_A_ROUND, Method, Options
+from outboard.migrate.method import PAUSE_MOST_S, PAUSE_SHARE, WORTH_A_ROUND, Method, Options
 from outboard.migrate.outbox import NEVER, Outbox
 from outboard.migrate.progress import Watch
 from outboard.migrate.report import Round
@@ -36,9 +38,7 @@ from outboard.pages.content import page_digests
 from outboard.pages.pageset import PageSet
 from outboard.trace.writes import WriteTrace, open_write_trace
 from outboard.vmm.device_state import Departure
-from outboard.vmm.enlighten import chunks
 from outboard.vmm.guest import Guest
-from outboard.vmm.guest_agent import GuestAgent
 from outboard.wire import tls
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind
@@ -47,7 +47,6 @@ _DEVICES_S = 0.05
 """What saving and loading the devices takes of an allowed downtime."""
 _STEP_S = 30.0
 """The longest that any one answer of the peer may take."""
-_HINTS_S = 5.0
 _TICK_S = 0.05
 _DIGEST_PAGES = 256
 _UNPACED = 100e6
@@ -79,6 +78,7 @@ class Outgoing:
     :param spec: the VM's spec as TOML, for the destination.
     :param directory: for the unix socket of QEMU's device state.
     :param identity: the directory of this host's TLS identity.
+    :param began: when the command came, CLOCK_MONOTONIC.
 
     Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
     """
@@ -94,6 +94,7 @@ class Outgoing:
         directory: Path,
         identity: Path,
         desk: Desk,
+        began: float,
     ) -> None:
         self.machine = Machine()
         self.findings = Findings()
@@ -108,7 +109,7 @@ class Outgoing:
         self._directory = directory
         self._identity = identity
         self._desk = desk
-        self.watch = Watch(migration, guest.name, options, self.machine, desk, time.monotonic)
+        self.watch = Watch(migration, guest.name, options, self.machine, desk, time.monotonic, began)
         self.watch.outbox = self.outbox
         self._cleanup = contextlib.ExitStack()
         self._trace: WriteTrace | None = None
@@ -117,6 +118,8 @@ class Outgoing:
         self._control: Conversation | None = None
         self._bulk: Worker | None = None
         self._answerer: Worker | None = None
+        self._asking: Worker | None = None
+        self._early: list[Classed] = []
         self._inbox: list[Message] = []
         self._digests = bytearray()
         self._done: list[Done] = []
@@ -175,63 +178,79 @@ class Outgoing:
             self.findings.trace = statistics.backend
             self.findings.arm_ms = statistics.armed_ns / 1e6
         ranking.rank_all(self.outbox, self.guest.memory.populated())
-        if self.options.hints and self.options.method is not Method.POST_COPY:
-            self._read_hints()
-        while self._control is None:
-            self._connect_when_prepared(_TICK_S)
-            self._pump(0)
-            if self.watch.elapsed > _STEP_S:
-                raise UnreachableError(f"the agent of {target.name} did not prepare the destination in {_STEP_S:.0f} s")
+        with self._asking_for_hints():
+            self._departure = Departure(self.guest, self._directory)
+            self._cleanup.callback(self._departure.close)
+            self._until(lambda: self._control is not None and self._asking is None, _STEP_S)
 
     @property
     def _wants_trace(self) -> bool:
         method = self.options.method
         return method.rounds or (method is Method.ENLIGHTENED)
 
-    def _read_hints(self) -> None:
-        """Rank pages as the guest classes them, and send the early ones while the next are read."""
-        if self.guest.agent_path is None:
-            self.findings.hints = "none: the VM has no guest agent"
+    @contextlib.contextmanager
+    def _asking_for_hints(self) -> Iterator[None]:
+        """While this lasts the guest is asked, if it is to be."""
+        if not self.options.hints or self.options.method is Method.POST_COPY:
+            yield
             return
-        asked = time.monotonic()
-        seen = 0
-        try:
-            # A VM that is evicted gets little of a processor, and cannot answer on that.
-            threads = [self.guest.emulator_thread(), *(vcpu.tid for vcpu in self.guest.vcpus)]
-            with sched.favoured(threads), GuestAgent(self.guest.agent_path, timeout=_HINTS_S) as agent:
-                for first, classes in chunks(self.guest, agent, deadline=asked + _HINTS_S):
-                    ranking.rank_classes(self.outbox, first, classes)
-                    seen += classes.size
-                    if self._control is None:
-                        self._connect_when_prepared(0)
-                    elif self.options.method is Method.ENLIGHTENED:
-                        self._order(Send(first, classes.size, ranking.EARLY_UPTO, paced=True))
-                    self._pump(0)
-            self.findings.hints = f"guest agent: {seen} pages classed in {(time.monotonic() - asked) * 1e3:.0f} ms"
-        except (PeerError, UnreachableError, OSError) as error:
-            self.findings.hints = f"{seen} pages classed, then none: {error}" if seen else f"none: {error}"
+        # A VM that is evicted gets little of a processor, and cannot answer on that.
+        with sched.favoured([self.guest.emulator_thread(), *(vcpu.tid for vcpu in self.guest.vcpus)]):
+            self._asking = Worker("outboard-hints", lambda link: ask(self.guest, self.outbox, link))
+            self._cleanup.callback(self._asking.end)
+            yield
 
-    def _connect_when_prepared(self, timeout: float) -> None:
+    def _take_hint(self) -> None:
+        report = self._asking.hear(0) if self._asking is not None else None
+        if report is None:
+            return
+        match decode_hint.decode(report):
+            case Told(words):
+                self.findings.hints = words
+                self._asking = None
+            case Classed(first, count) as classed:
+                if self._trace is not None:
+                    range_ = PageSet.from_runs(self.outbox.pages, np.array([[first, count]]))
+                    ranking.rank_written(self.outbox, self._trace.peek(range_) & range_)
+                self._early.append(classed)
+                self._send_early()
+
+    def _send_early(self) -> None:
+        """Order what has been classed so far, as soon as there is somebody to send it."""
+        if self._bulk is None or self.options.method is not Method.ENLIGHTENED:
+            return
+        for classed in self._early:
+            self._order(Send(classed.first, classed.count, ranking.EARLY_UPTO, paced=True))
+        self._early.clear()
+
+    def _take_prepared(self) -> None:
+        """The destination is there: open the streams, and begin."""
         agent = self._agent
-        if agent is None or not (agent.pending() or select.select([agent.fileno()], [], [], timeout)[0]):
+        if agent is None:
             return
         prepared = messages.expect(agent.receive(_STEP_S).payload, messages.Prepared)
+        streams = self._open_streams(prepared)
+        messages.expect(streams["control"].receive(_STEP_S).payload, messages.Welcome)
+        self._answerer = self._worker("outboard-answer", streams["urgent"], urgent=True)
+        self._bulk = self._worker("outboard-bulk", streams["bulk"], urgent=False)
+        self._control = Conversation(streams["control"])
+        self._on(Event.READY)
+        self._send_early()
+
+    def _open_streams(self, prepared: messages.Prepared) -> dict[str, Channel]:
         target = self.destination
-        streams: dict[str, Channel] = {}
-        for role in messages.ROLES:
+
+        def open_one(role: str) -> Channel:
             channel = tls.connect(target.address, prepared.port, self._identity, target.name, _STEP_S, self.guest.pages)
             self._cleanup.callback(channel.close)
             channel.send_message(
                 messages.encode(messages.Hello(migration=self.migration, role=role, token=prepared.tokens[role]))
             )
-            streams[role] = channel
-        messages.expect(streams["control"].receive(_STEP_S).payload, messages.Welcome)
-        self._answerer = self._worker("outboard-answer", streams["urgent"], urgent=True)
-        self._bulk = self._worker("outboard-bulk", streams["bulk"], urgent=False)
-        self._control = Conversation(streams["control"])
-        self._departure = Departure(self.guest, self._directory)
-        self._cleanup.callback(self._departure.close)
-        self._on(Event.READY)
+            return channel
+
+        # Its threads have ended before the workers are forked.
+        with ThreadPoolExecutor(len(messages.ROLES)) as pool:
+            return dict(zip(messages.ROLES, pool.map(open_one, messages.ROLES), strict=True))
 
     def _worker(self, name: str, channel: Channel, *, urgent: bool) -> Worker:
         if urgent:
@@ -243,11 +262,22 @@ class Outgoing:
 
     def _copy(self) -> None:
         if self.options.method is Method.ENLIGHTENED:
-            self._order(Send(0, self.outbox.pages, ranking.EARLY_UPTO, paced=True, seconds=EARLY_SECONDS))
             self._await_sent()
+            self._send_stale_early()
         elif self.options.method.rounds:
             self._copy_rounds()
         self._await_placed()
+
+    def _send_stale_early(self) -> None:
+        """Send again what was written since it was sent, while the guest still runs: the less is left for the pause."""
+        sent = self.outbox.already_sent()
+        written = self._written(sent)
+        ranking.revive(self.outbox, written)
+        stale = written & sent
+        self.outbox.again(stale, ranking.STALE_NOW)
+        self.findings.resent_pages += len(stale)
+        self._order(Send(0, self.outbox.pages, ranking.STALE_NOW, paced=False))
+        self._await_sent()
 
     def _copy_rounds(self) -> None:
         """Walk all of memory, then what was written meanwhile, until that fits in the downtime or does not shrink."""
@@ -465,6 +495,10 @@ class Outgoing:
         speakers: dict[int, Callable[[], None]] = {self._desk.fileno(): self._take_order, self._vmm: self._mourn}
         if control is not None:
             speakers[control.fileno()] = self._take_frame
+        elif self._agent is not None:
+            speakers[self._agent.fileno()] = self._take_prepared
+        if self._asking is not None:
+            speakers[self._asking.fileno()] = self._take_hint
         for worker in (self._bulk, self._answerer):
             if worker is not None:
                 speakers[worker.fileno()] = lambda worker=worker: self._take_report(worker)  # type: ignore[misc]

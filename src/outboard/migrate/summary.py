@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from outboard.errors import OutboardError
 from outboard.migrate.outbox import NEVER
 from outboard.migrate.report import Summary
@@ -10,14 +12,12 @@ from outboard.migrate.source import Outgoing
 _NO_ERROR = 0
 
 
-def summarise(
-    outgoing: Outgoing, *, source: str, started: float, attach_ms: float, error: OutboardError | None
-) -> Summary:
+def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: OutboardError | None) -> Summary:
     """Sum up a migration that has ended.
 
     :param source: this host's name.
-    :param started: when the command came, in seconds since 1970.
     """
+    elapsed = outgoing.watch.elapsed
     sent = outgoing.outbox.statistics()
     found = outgoing.findings
     arrived = found.arrived
@@ -27,11 +27,11 @@ def summarise(
         source=source,
         destination=outgoing.destination.name,
         method=outgoing.options.method,
-        started=started,
+        started=time.time() - elapsed,
         state=outgoing.machine.state,
         safe_at=outgoing.machine.safe_at,
         error=None if error is None else str(error),
-        total_s=outgoing.watch.elapsed,
+        total_s=elapsed,
         time_to_resume_s=found.resume_s,
         blackout_ms=found.blackout_ms,
         bytes=sent.bulk_bytes + sent.urgent_bytes + found.control_bytes,

@@ -64,8 +64,8 @@ class WriteTrace(ABC):
         self._armed_ns = self._collections = self._pages = self._collecting_ns = 0
 
     @abstractmethod
-    def _scan(self, region: Region, start: int, end: int) -> Runs:
-        """Pages of ``region`` between HVA ``start`` and ``end`` that were written, as runs of page numbers; re-arm."""
+    def _scan(self, region: Region, start: int, end: int, *, rearm: bool) -> Runs:
+        """Pages of ``region`` between HVA ``start`` and ``end`` that were written, as runs of page numbers."""
 
     @abstractmethod
     def close(self) -> None:
@@ -79,13 +79,22 @@ class WriteTrace(ABC):
         :raise KernelError: the kernel refused; a dead VMM is ESRCH.
         """
         began = time.monotonic_ns()
-        written = PageSet(self._guest.pages)
-        for region in self._guest.regions:
-            for start, end in self._spans(region, within):
-                written.add(self._scan(region, start, end))
+        written = self._walk(within, rearm=True)
         self._collections += 1
         self._pages += len(written)
         self._collecting_ns += time.monotonic_ns() - began
+        return written
+
+    def peek(self, within: PageSet | None = None) -> PageSet:
+        """The pages written since the last :meth:`collect`, left for the next one to take; errors and ``within`` as
+        there."""
+        return self._walk(within, rearm=False)
+
+    def _walk(self, within: PageSet | None, *, rearm: bool) -> PageSet:
+        written = PageSet(self._guest.pages)
+        for region in self._guest.regions:
+            for start, end in self._spans(region, within):
+                written.add(self._scan(region, start, end, rearm=rearm))
         return written
 
     def statistics(self) -> WriteTraceStatistics:
@@ -166,12 +175,12 @@ class PagemapTrace(_Registered):
         self._pagemap = Pagemap(guest.pid)
         began = time.monotonic_ns()
         for region in guest.regions:
-            self._scan(region, region.hva, region.hva + region.pages * PAGE_SIZE)
+            self._scan(region, region.hva, region.hva + region.pages * PAGE_SIZE, rearm=True)
         self._armed_ns = time.monotonic_ns() - began
 
-    def _scan(self, region: Region, start: int, end: int) -> Runs:
+    def _scan(self, region: Region, start: int, end: int, *, rearm: bool) -> Runs:
         ranges = self._pagemap.scan(
-            start, end, required=Category.WRITTEN, report=Category.WRITTEN, protect=True, check_async=True
+            start, end, required=Category.WRITTEN, report=Category.WRITTEN, protect=rearm, check_async=rearm
         )
         return _page_runs(region, ranges)
 
@@ -221,10 +230,12 @@ class MessageTrace(_Registered):
                         self._written[region.first + offset : region.first + offset + per] = True
                         self._protect(region, region.first + offset, per, protect=False)
 
-    def _scan(self, region: Region, start: int, end: int) -> Runs:
+    def _scan(self, region: Region, start: int, end: int, *, rearm: bool) -> Runs:
         first = region.first + (start - region.hva) // PAGE_SIZE
         last = region.first + (end - region.hva) // PAGE_SIZE
         runs = shifted(PageSet.from_mask(self._written[first:last]).runs(), first)
+        if not rearm:
+            return runs
         # A page noted here is unprotected: no fault can mark it between these two lines, and whoever reads its content
         # does so after both.
         for run_first, count in runs.tolist():
@@ -266,7 +277,8 @@ class SoftDirtyTrace(WriteTrace):
             pidfd.close(handle)
         return written
 
-    def _scan(self, region: Region, start: int, end: int) -> Runs:
+    def _scan(self, region: Region, start: int, end: int, *, rearm: bool) -> Runs:
+        del rearm  # all at once, in collect
         entries = self._pagemap.entries(start, (end - start) // PAGE_SIZE)
         first = region.first + (start - region.hva) // PAGE_SIZE
         dirty: NDArray[np.bool_] = (entries & np.uint64(pagemap.SOFT_DIRTY_ENTRY)) != 0

@@ -45,7 +45,8 @@ def qemu_arguments(spec: VmSpec, *, memory_fd: int, tap_fds: list[int], incoming
     arguments += _monitor("engine", ENGINE_SOCKET) + _monitor("qmp", QMP_SOCKET)
     arguments += ["-serial", f"file:{CONSOLE}"]
     if spec.guest_agent:
-        arguments += ["-device", "virtio-serial-pci,id=serial", "-chardev"]
+        # Port 0 is the console. A port is two queues, and what a device has is loaded while the guest stands still.
+        arguments += ["-device", "virtio-serial-pci,id=serial,max_ports=2", "-chardev"]
         arguments += [f"socket,id=agent,path={AGENT_SOCKET},server=on,wait=off", "-device"]
         arguments += ["virtserialport,bus=serial.0,chardev=agent,name=org.qemu.guest_agent.0"]
     if spec.boot is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from outboard.errors import KernelError, NotFoundError, OutboardError, RefusedError, UnreachableError
-from outboard.linux import hugetlb, memfd, pidfd, proc, tun
+from outboard.linux import hugetlb, memfd, pidfd, proc, sched, tun
 from outboard.vmm.accelerator import why_not_kvm
 from outboard.vmm.arguments import qemu_arguments
 from outboard.vmm.monitor import Monitor
@@ -102,16 +102,17 @@ def _start(spec: VmSpec, directory: Path, incoming: bool) -> subprocess.Popen[by
     with _descriptors(spec) as (memory, taps), (directory / LOG).open("wb") as log:
         arguments = qemu_arguments(spec, memory_fd=memory, tap_fds=taps, incoming=incoming)
         try:
-            return subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=directory,
-                pass_fds=[memory, *taps],
-                start_new_session=True,
-                umask=0o117,
-            )
+            with sched.ordinary():
+                return subprocess.Popen(
+                    arguments,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=directory,
+                    pass_fds=[memory, *taps],
+                    start_new_session=True,
+                    umask=0o117,
+                )
         except FileNotFoundError as error:
             raise NotFoundError(f"there is no program {spec.qemu} to run {spec.name} with; install QEMU") from error
         except OSError as error:

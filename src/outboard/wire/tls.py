@@ -7,6 +7,7 @@ A host is known by the name in its certificate, never by its address. A host's i
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import select
 import socket
@@ -24,7 +25,8 @@ _RETRY_S = 0.1
 """How long no more callers are accepted after accept(2) has failed, as it does while no descriptor is free."""
 
 
-def _context(side: ssl._SSLMethod, identity: Path) -> ssl.SSLContext:
+@functools.lru_cache(maxsize=8)
+def _context_of(side: ssl._SSLMethod, identity: Path, _changed_ns: int) -> ssl.SSLContext:
     context = ssl.SSLContext(side)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
@@ -40,6 +42,12 @@ def _context(side: ssl._SSLMethod, identity: Path) -> ssl.SSLContext:
             "make one with outboard pki init"
         ) from error
     return context
+
+
+def _context(side: ssl._SSLMethod, identity: Path) -> ssl.SSLContext:
+    """Made once for every state of the certificate's file: reading keys takes half as long as a handshake."""
+    certificate = identity / "cert.pem"
+    return _context_of(side, identity, certificate.stat().st_mtime_ns if certificate.exists() else 0)
 
 
 def name_of(connection: ssl.SSLSocket) -> str:
