@@ -19,6 +19,7 @@ import msgspec
 from outboard.errors import OutboardError
 from outboard.linux import prctl, sched
 from outboard.migrate import messages
+from outboard.migrate.admission import Admission
 from outboard.migrate.desk import Destination, Order
 from outboard.migrate.destination import Incoming
 from outboard.migrate.messages import Prepare
@@ -145,21 +146,34 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
 
 
 def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:
-    """Start a QEMU for the VM, take the VM in, and end that QEMU if the VM stays where it was."""
+    """Take the VM in with a QEMU of its own, and end that QEMU if the VM stays where it was."""
+    tokens = TokenBook(time.monotonic)
+    listener = Listener(work.listen, work.ports, identity)
+    with contextlib.ExitStack() as until_end, Admission(work.prepare, work.source, listener, tokens) as admission:
+        desk.report(Ready(port=listener.port, tokens={role: tokens.issue(role) for role in messages.ROLES}))
+        try:
+            incoming = _bring_up(work, registry, until_end)
+        except OutboardError as error:
+            admission.refuse(error)
+            raise
+        streams = admission.streams()
+        listener.close()
+        incoming.run(streams)
+    desk.report(Ended(why=None))
+
+
+def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack) -> Incoming:
+    """Start the QEMU and clamp on to it; ``until_end`` lets go of it, and ends it unless the VM has become ours."""
     prepare = work.prepare
     record = launch(parse_spec(prepare.spec, f"the spec of {prepare.vm}"), registry, incoming=True)
-    kept = False
-    try:
-        with attach(qmp=record.engine_socket, name=prepare.vm, agent_path=record.agent_socket) as guest:
-            incoming = Incoming(prepare, guest, source=work.source, directory=record.directory)
-            tokens = TokenBook(time.monotonic)
-            listener = Listener(work.listen, work.ports, identity)
-            desk.report(Ready(port=listener.port, tokens={role: tokens.issue(role) for role in messages.ROLES}))
-            try:
-                incoming.run(listener, tokens)
-            finally:
-                kept = incoming.committed
-        desk.report(Ended(why=None))
-    finally:
-        if not kept:
+    incoming: Incoming | None = None
+
+    def end() -> None:
+        if incoming is None or not incoming.committed:
             stop(record, registry)
+
+    until_end.callback(end)
+    guest = attach(qmp=record.engine_socket, name=prepare.vm, agent_path=record.agent_socket)
+    until_end.enter_context(guest)
+    incoming = Incoming(prepare, guest, source=work.source, directory=record.directory)
+    return incoming

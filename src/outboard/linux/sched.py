@@ -33,17 +33,12 @@ def favour_this_process(nice: int = -10) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def ordinary() -> Iterator[None]:
-    """Let what is started meanwhile begin as others do, though this process is favoured: a nice value is inherited."""
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    if before < 0:
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
-    try:
-        yield
-    finally:
-        if before < 0:
-            os.setpriority(os.PRIO_PROCESS, 0, before)
+def favour_no_more(tids: Iterable[int]) -> None:
+    """Make threads that inherited a favoured process's nice value ordinary again."""
+    for tid in tids:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpriority(os.PRIO_PROCESS, tid) < 0:
+                os.setpriority(os.PRIO_PROCESS, tid, 0)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ import numpy as np
 
 from outboard.errors import (
     NeedsRecoveryError,
-    NotAuthorisedError,
     OutboardError,
     PeerError,
     RefusedError,
@@ -26,7 +25,7 @@ from outboard.errors import (
 from outboard.linux import pidfd, sched
 from outboard.migrate import messages
 from outboard.migrate.conversation import Conversation
-from outboard.migrate.messages import Hello, Prepare
+from outboard.migrate.messages import Prepare
 from outboard.migrate.receiving import BulkReceiver
 from outboard.migrate.source import digests
 from outboard.migrate.worker import Worker
@@ -39,8 +38,6 @@ from outboard.vmm.device_state import Arrival
 from outboard.vmm.guest import Guest
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Frame, Kind, PageSetPart
-from outboard.wire.tls import Listener
-from outboard.wire.token import TokenBook
 
 _STEP_S = 30.0
 _TICK_S = 0.002
@@ -65,7 +62,7 @@ class Incoming:
     """One migration of a VM to here.
 
     :param guest: attached; its QEMU was started with ``-incoming defer`` for this migration alone.
-    :param source: the name that the source's certificate must carry.
+    :param source: the host that it comes from.
     :param directory: for the unix socket of QEMU's device state.
 
     Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
@@ -74,7 +71,6 @@ class Incoming:
     def __init__(self, prepare: Prepare, guest: Guest, *, source: str, directory: Path) -> None:
         check_layout(guest, prepare)
         self.committed = False
-        self._prepare = prepare
         self._guest = guest
         self._source = source
         self._directory = directory
@@ -87,15 +83,17 @@ class Incoming:
         self._passed = 0
         self._mapped_before_resume = 0
 
-    def run(self, listener: Listener, tokens: TokenBook) -> None:
+    def run(self, streams: dict[str, Channel]) -> None:
         """Take the VM in.
 
+        :param streams: as :class:`~outboard.migrate.admission.Admission` let them in. Taken over.
         :raise OutboardError: it did not work. ``committed`` says whether the VM is ours: if so it waits for what
             is missing, if not it runs at the source and this QEMU must be ended.
         """
         with self._cleanup:
+            for channel in streams.values():
+                self._cleanup.callback(channel.close)
             try:
-                streams = self._admit(listener, tokens)
                 self._serve(streams)
             except OutboardError as error:
                 if self.committed:
@@ -104,34 +102,6 @@ class Incoming:
                         f"still at {self._source}: {error}"
                     ) from error
                 raise
-
-    def _admit(self, listener: Listener, tokens: TokenBook) -> dict[str, Channel]:
-        """Accept the streams of this migration, each once, and nobody else's."""
-        streams: dict[str, Channel] = {}
-        deadline = time.monotonic() + _STEP_S
-        with listener:
-            while len(streams) < len(messages.ROLES):
-                try:
-                    # Anybody may call this port: who is not of this migration is turned away, and the rest waited for.
-                    channel = listener.accept(max(0.0, deadline - time.monotonic()), self._guest.pages)
-                except NotAuthorisedError:
-                    continue
-                try:
-                    hello = messages.expect(channel.receive(_STEP_S).payload, Hello)
-                    self._authorise(channel, hello, tokens)
-                except OutboardError:
-                    channel.close()
-                    continue
-                self._cleanup.callback(channel.close)
-                streams[hello.role] = channel
-        return streams
-
-    def _authorise(self, channel: Channel, hello: Hello, tokens: TokenBook) -> None:
-        if channel.peer_name != self._source:
-            raise NotAuthorisedError(f"{channel.peer_name} opened a stream of a migration from {self._source}")
-        if hello.migration != self._prepare.migration or hello.role not in messages.ROLES:
-            raise NotAuthorisedError(f"{self._source} opened a stream of another migration")
-        tokens.redeem(hello.token, hello.role)
 
     def _serve(self, streams: dict[str, Channel]) -> None:
         def serve_faults(link: socket.socket) -> None:

@@ -98,7 +98,7 @@ class Outbox:
 
     @property
     def halted(self) -> bool:
-        """Whether the bulk shall stop after the batch it is at."""
+        """Whether what the bulk sends for want of something better shall stop."""
         return bool(self._counters[self._HALT])
 
     @halted.setter

@@ -28,9 +28,9 @@ _ORDER = (
     PageClass.KERNEL,
     PageClass.SLAB,
     None,
-    PageClass.ACTIVE_ANON,
-    PageClass.ACTIVE_FILE,
     PageClass.OTHER,
+    PageClass.ACTIVE_FILE,
+    PageClass.ACTIVE_ANON,
     PageClass.INACTIVE,
 )
 """Pages without a flag are the kernel's own, its stacks and the rings of its devices among them: QEMU touches those
@@ -48,6 +48,9 @@ for _index, _class in enumerate(_ORDER):
 
 EARLY_UPTO = _FIRST_CLASS + _ORDER.index(None)
 """What enlightened post-copy sends before the switch-over: what any guest touches at once, whatever it does."""
+
+QUIET_UPTO = int(_RANK_OF[PageClass.ACTIVE_FILE])
+"""What it sends beside that while it waits for the guest's next words: it will hardly be written again."""
 
 
 def rank_all(outbox: Outbox, populated: PageSet) -> None:

@@ -14,17 +14,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import PeerError
 from outboard.linux import tcp
 from outboard.migrate.outbox import Outbox
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
-from outboard.pages.shared import claim
+from outboard.pages.shared import claim, claim_one
 from outboard.vmm.guest import Guest
 from outboard.wire.channel import Channel
-from outboard.wire.frames import Kind
 from outboard.wire.pace import LinkEstimate
+from outboard.wire.urgent import Answering
 
 _BATCH = 64
 """Pages in one frame: 256 KiB, 2 ms of a gigabit link."""
@@ -37,7 +36,8 @@ _SEND_BUFFER = 256 * 1024
 class Send(msgspec.Struct, frozen=True, tag="send"):
     """Send what is due in ``[first, first + count)`` up to rank ``upto``; stop after ``seconds`` if given.
 
-    ``paced``: keep the link's queue empty; otherwise as fast as the link goes.
+    ``paced``: keep the link's queue empty; otherwise as fast as the link goes. ``idle``: only to use the link while
+    there is nothing better to send; it stops as soon as the outbox says ``halted``.
     """
 
     first: int
@@ -45,6 +45,7 @@ class Send(msgspec.Struct, frozen=True, tag="send"):
     upto: int
     paced: bool
     seconds: float | None = None
+    idle: bool = False
 
 
 class Say(msgspec.Struct, frozen=True, tag="say"):
@@ -115,13 +116,17 @@ class BulkSender:
         return Done(self._outbox.statistics().bulk_bytes - before, now - began, complete)
 
     def _walk(self, order: Send, began: float) -> bool:
+        if order.idle and self._outbox.halted:
+            return False
         for rank in self._outbox.ranks_due(order.first, order.count, order.upto):
             for batch in batches(self._outbox.due(order.first, order.count, rank)):
                 self._send_batch(batch)
                 now = time.monotonic_ns()
                 if now - self._paced_at > _PACE_NS:
                     self._pace(now)
-                if self._outbox.halted or (order.seconds is not None and now / 1e9 - began > order.seconds):
+                if (order.idle and self._outbox.halted) or (
+                    order.seconds is not None and now / 1e9 - began > order.seconds
+                ):
                     return False
         return True
 
@@ -167,25 +172,17 @@ class Answerer:
     def __init__(self, guest: Guest, outbox: Outbox, channel: Channel) -> None:
         self._guest = guest
         self._outbox = outbox
-        self._channel = channel
-        self._page: NDArray[np.uint8] = np.empty(PAGE_SIZE, dtype=np.uint8)
+        self._stream = Answering(channel)
 
     def serve(self) -> None:
         """Answer until the stream ends.
 
         :raise PeerError: the destination sent something that is no request.
         """
-        sent = self._outbox.sent
-        nothing = memoryview(b"")
+        sent, stream, memory = self._outbox.sent, self._stream, self._guest.memory
         while True:
-            frame = self._channel.receive()
-            if frame.kind is not Kind.REQUEST:
-                raise PeerError(f"a page request came as {frame.kind.name}")
-            for page in self._channel.requested(frame):
-                if not claim(sent, page, 1)[0]:
-                    # On its way already: the bulk took it before the request came.
-                    continue
-                self._guest.memory.read_into(page, self._page.data)
-                zero = zero_pages(self._page)
-                octets = self._channel.send_pages([(page, 1)], zero, nothing if zero[0] else self._page.data)
-                self._outbox.count_urgent(1, octets)
+            for page in stream.requests():
+                # What is taken is on its way already: the bulk had it before the request came.
+                if claim_one(sent, page):
+                    memory.read_into(page, stream.page)
+                    self._outbox.count_urgent(1, stream.answer(page))

@@ -26,7 +26,7 @@ from outboard.migrate.conversation import Conversation
 from outboard.migrate.desk import Cancel, Desk, Destination, Limit
 from outboard.migrate.hinting import Classed, Told, ask, decode_hint
 from outboard.migrate.messages import Message
-from outboard.migrate.method import PAUSE_MOST_S, PAUSE_SHARE, WORTH_A_ROUND, Method, Options
+from outboard.migrate.method import EARLY_SECONDS, PAUSE_MOST_S, PAUSE_SHARE, WORTH_A_ROUND, Method, Options
 from outboard.migrate.outbox import NEVER, Outbox
 from outboard.migrate.progress import Watch
 from outboard.migrate.report import Round
@@ -115,6 +115,7 @@ class Outgoing:
         self._trace: WriteTrace | None = None
         self._departure: Departure | None = None
         self._agent: Channel | None = None
+        self._streams: dict[str, Channel] = {}
         self._control: Conversation | None = None
         self._bulk: Worker | None = None
         self._answerer: Worker | None = None
@@ -208,6 +209,7 @@ class Outgoing:
             case Told(words):
                 self.findings.hints = words
                 self._asking = None
+                self.outbox.halted = True
             case Classed(first, count) as classed:
                 if self._trace is not None:
                     range_ = PageSet.from_runs(self.outbox.pages, np.array([[first, count]]))
@@ -219,17 +221,20 @@ class Outgoing:
         """Order what has been classed so far, as soon as there is somebody to send it."""
         if self._bulk is None or self.options.method is not Method.ENLIGHTENED:
             return
-        for classed in self._early:
-            self._order(Send(classed.first, classed.count, ranking.EARLY_UPTO, paced=True))
+        for one in self._early:
+            self._order(Send(one.first, one.count, ranking.EARLY_UPTO, paced=True, seconds=EARLY_SECONDS))
+            self._order(Send(one.first, one.count, ranking.QUIET_UPTO, paced=True, idle=True))
         self._early.clear()
 
     def _take_prepared(self) -> None:
-        """The destination is there: open the streams, and begin."""
-        agent = self._agent
-        if agent is None:
-            return
-        prepared = messages.expect(agent.receive(_STEP_S).payload, messages.Prepared)
-        streams = self._open_streams(prepared)
+        """The destination listens: open the streams while its QEMU starts."""
+        if self._agent is not None:
+            prepared = messages.expect(self._agent.receive(_STEP_S).payload, messages.Prepared)
+            self._streams = self._open_streams(prepared)
+
+    def _take_welcome(self) -> None:
+        """The destination is ready for pages."""
+        streams = self._streams
         messages.expect(streams["control"].receive(_STEP_S).payload, messages.Welcome)
         self._answerer = self._worker("outboard-answer", streams["urgent"], urgent=True)
         self._bulk = self._worker("outboard-bulk", streams["bulk"], urgent=False)
@@ -495,6 +500,8 @@ class Outgoing:
         speakers: dict[int, Callable[[], None]] = {self._desk.fileno(): self._take_order, self._vmm: self._mourn}
         if control is not None:
             speakers[control.fileno()] = self._take_frame
+        elif self._streams:
+            speakers[self._streams["control"].fileno()] = self._take_welcome
         elif self._agent is not None:
             speakers[self._agent.fileno()] = self._take_prepared
         if self._asking is not None:

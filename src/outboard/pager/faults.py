@@ -7,7 +7,6 @@ pages that it placed while we waited for them, so that their latency is counted 
 
 from __future__ import annotations
 
-import ctypes
 import select
 import socket
 import struct
@@ -27,6 +26,8 @@ from outboard.stores.peer import PeerStore
 _MESSAGE = struct.Struct("<B7xQQQ")
 """struct uffd_msg of a page fault: event, flags, address, thread."""
 _AT_ONCE = 64
+# As plain numbers: an enumeration's operators are Python code.
+_MINOR_FAULT, _PEER, _ZERO_PAGE = int(FaultFlag.MINOR), int(Where.PEER), int(Where.ZERO)
 _PAGE_NUMBER = struct.Struct("<Q")
 
 
@@ -73,6 +74,9 @@ class FaultServer:
         self._counters = counters
         self._commands = commands
         self._messages = bytearray(_MESSAGE.size * _AT_ONCE)
+        # An element of a memoryview is an int at once, that of an array an object of NumPy's.
+        self._where = memoryview(pager.residency.where)  # type: ignore[arg-type]  # an array has the buffer interface
+        self._waiting = memoryview(pager.waiting)  # type: ignore[arg-type]
 
     def serve(self) -> None:
         """Serve until told to stop.
@@ -80,7 +84,7 @@ class FaultServer:
         :raise UnreachableError: the peer is gone; the faults that wait go on waiting.
         :raise KernelError: the userfaultfd failed.
         """
-        uffd, answers = self._pager.uffd.fileno(), self._peer.channel.fileno()
+        uffd, answers = self._pager.uffd.fileno(), self._peer.fileno()
         poll = select.poll()
         for fd in (uffd, answers, self._commands.fileno()):
             poll.register(fd, select.POLLIN)
@@ -104,24 +108,24 @@ class FaultServer:
         return True
 
     def _faults(self) -> None:
-        pager, where, counts = self._pager, self._pager.residency.where, self._counters.counts
+        pager, where, waiting, counts = self._pager, self._where, self._waiting, self._counters.counts
         wanted: list[int] = []
         count = pager.uffd.read_into(self._messages)
         for index in range(count):
             _, flags, address, _ = _MESSAGE.unpack_from(self._messages, index * _MESSAGE.size)
-            if flags & FaultFlag.MINOR:
+            if flags & _MINOR_FAULT:
                 pager.map_present(address & -PAGE_SIZE)
                 counts[_MINOR] += 1
                 continue
             page = pager.page_of(address)
             # Say that somebody waits before looking where the page is: the bulk looks after it has placed.
-            pager.waiting[page] = 1
+            waiting[page] = 1
             at = where[page]
-            if at == Where.PEER:
+            if at == _PEER:
                 wanted.append(page)
                 continue
-            pager.waiting[page] = 0
-            if at == Where.ZERO:
+            waiting[page] = 0
+            if at == _ZERO_PAGE:
                 pager.place_zero(page)
                 if not self._arrived(page):
                     counts[_ZERO] += 1
@@ -132,24 +136,15 @@ class FaultServer:
             self._peer.ask(wanted)
 
     def _answers(self) -> None:
-        while True:
-            pages = self._peer.receive()
-            address = ctypes.addressof(ctypes.c_char.from_buffer(pages.data)) if len(pages.data) else 0
-            at = index = 0
-            for first, count in pages.runs:
-                for page in range(first, first + count):
-                    if pages.zero[index]:
-                        self._pager.place_zero(page)
-                    else:
-                        self._pager.place(page, pages.data[at : at + PAGE_SIZE], address + at)
-                        at += PAGE_SIZE
-                    index += 1
-                    self._arrived(page)
-            if not self._peer.channel.pending():
-                return
+        for page, address in self._peer.fetched():
+            if address is None:
+                self._pager.place_zero(page)
+            else:
+                self._pager.place_one(page, address)
+            self._arrived(page)
 
     def _arrived(self, page: int) -> bool:
-        self._pager.waiting[page] = 0
+        self._waiting[page] = 0
         waited = self._peer.arrived(page)
         if waited is None:
             return False

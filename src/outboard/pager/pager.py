@@ -99,6 +99,13 @@ class Pager:
                 self._copy(hva, address + at, pages * PAGE_SIZE)
         where[first : first + count] = Where.RESIDENT
 
+    def place_one(self, page: int, address: int) -> None:
+        """Answer a fault: put one page in, if it is absent; ``address`` is where its content lies in this process."""
+        for region in self.guest.regions:
+            if region.first <= page < region.first + region.pages:
+                self._copy(region.hva + (page - region.first) * PAGE_SIZE, address, PAGE_SIZE)
+        self.residency.where[page] = Where.RESIDENT
+
     def _replace(self, first: int, data: memoryview, hva: int, address: int) -> None:
         for index in range(len(data) // PAGE_SIZE):
             at = index * PAGE_SIZE

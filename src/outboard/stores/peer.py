@@ -7,10 +7,10 @@ already carrying it, by the bulk: the peer never sends a page twice for being as
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
-from outboard.errors import PeerError
 from outboard.wire.channel import Channel
-from outboard.wire.frames import Kind, Pages
+from outboard.wire.urgent import Asking
 
 
 class PeerStore:
@@ -22,39 +22,38 @@ class PeerStore:
     """
 
     def __init__(self, channel: Channel) -> None:
-        self.channel = channel
+        self._stream = Asking(channel)
         self._asked: dict[int, int] = {}
         self._held: list[int] | None = []
+
+    def fileno(self) -> int:
+        """Readable when an answer has come."""
+        return self._stream.fileno()
 
     def open(self) -> None:
         """The peer's memory is final: send what was held, and hold nothing from now on."""
         held, self._held = self._held, None
         if held:
-            self.channel.send_request(held)
+            self._stream.ask(held)
 
     def ask(self, pages: list[int]) -> None:
         """Ask for pages; those already asked for are not asked again."""
         now = time.monotonic_ns()
-        new = [page for page in dict.fromkeys(pages) if page not in self._asked]
-        for page in new:
-            self._asked[page] = now
+        new = []
+        for page in pages:
+            if page not in self._asked:
+                self._asked[page] = now
+                new.append(page)
         if self._held is not None:
             self._held.extend(new)
         elif new:
-            self.channel.send_request(new)
+            self._stream.ask(new)
 
     def arrived(self, page: int) -> int | None:
         """Nanoseconds since ``page`` was asked for, by whichever way it came; None when nobody asks for it now."""
         asked = self._asked.pop(page, None)
         return None if asked is None else time.monotonic_ns() - asked
 
-    def receive(self) -> Pages:
-        """The next answer.
-
-        :raise PeerError: the peer sent something else.
-        :raise UnreachableError: the stream ended.
-        """
-        frame = self.channel.receive()
-        if frame.kind is not Kind.PAGES:
-            raise PeerError(f"an answer to a page fault came as {frame.kind.name}, not PAGES")
-        return self.channel.pages(frame)
+    def fetched(self) -> Iterator[tuple[int, int | None]]:
+        """What has come, as :meth:`outboard.wire.urgent.Asking.answers`."""
+        return self._stream.answers()

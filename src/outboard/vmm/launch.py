@@ -102,17 +102,16 @@ def _start(spec: VmSpec, directory: Path, incoming: bool) -> subprocess.Popen[by
     with _descriptors(spec) as (memory, taps), (directory / LOG).open("wb") as log:
         arguments = qemu_arguments(spec, memory_fd=memory, tap_fds=taps, incoming=incoming)
         try:
-            with sched.ordinary():
-                return subprocess.Popen(
-                    arguments,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=directory,
-                    pass_fds=[memory, *taps],
-                    start_new_session=True,
-                    umask=0o117,
-                )
+            return subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=directory,
+                pass_fds=[memory, *taps],
+                start_new_session=True,
+                umask=0o117,
+            )
         except FileNotFoundError as error:
             raise NotFoundError(f"there is no program {spec.qemu} to run {spec.name} with; install QEMU") from error
         except OSError as error:
@@ -164,6 +163,8 @@ def launch(spec: VmSpec, registry: Registry, incoming: bool = False) -> VmRecord
         process = _start(settled, directory, incoming)
         try:
             _wait_ready(settled, process, directory)
+            # It started as quickly as whoever started it runs; from here on it is an ordinary process.
+            sched.favour_no_more(thread.tid for thread in proc.threads(process.pid))
             record = VmRecord(
                 name=spec.name,
                 pid=process.pid,

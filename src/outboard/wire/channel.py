@@ -39,7 +39,7 @@ class Channel:
         self.socket = connection
         self.peer_name = peer_name
         self.bytes_sent = 0
-        self._pages = pages
+        self.limit = pages
         self._decoder = Decoder()
         self._using = threading.Lock()
         self._tls = connection if isinstance(connection, ssl.SSLSocket) else None
@@ -81,6 +81,19 @@ class Channel:
             raise self._gone(error) from error
         self.bytes_sent += len(view)
 
+    def send_small(self, data: bytearray) -> None:
+        """Send what fits in one record and rarely has to wait for room.
+
+        Only on a channel that a single thread uses.
+        """
+        try:
+            sent = self.socket.send(data)
+        except (OSError, ValueError) as error:
+            raise self._gone(error) from error
+        self.bytes_sent += sent
+        if sent < len(data):
+            self._send(memoryview(data)[sent:])
+
     def _gone(self, error: Exception) -> UnreachableError | NotAuthorisedError:
         if isinstance(error, ssl.SSLError) and "CERTIFICATE" in str(error.reason or "") + str(error):
             return NotAuthorisedError(f"{self.peer_name} did not accept this host's certificate: {error}")
@@ -115,12 +128,8 @@ class Channel:
         :return: bytes sent.
         """
         head = frames.pages_head(runs, zero)
-        if len(data) <= frames.PAGE:
-            # One record and one packet for the answer to a fault.
-            self._send(head + bytes(data))
-        else:
-            self._send(head)
-            self._send(data)
+        self._send(head)
+        self._send(data)
         return len(head) + len(data)
 
     def pending(self) -> bool:
@@ -150,31 +159,50 @@ class Channel:
         return frame
 
     def _fill(self, deadline: float | None) -> None:
-        buffer = self._decoder.get_buffer()
         if self._tls is None or not self._tls.pending():
             left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
             if not self._readable.poll(left):
                 raise UnreachableError(f"{self.peer_name} sent nothing in time")
+        with self._using:
+            self._read()
+
+    def _read(self) -> None:
         try:
-            with self._using:
-                size = self.socket.recv_into(buffer)
+            size = self.socket.recv_into(self._decoder.get_buffer())
         except (OSError, ValueError) as error:
             raise self._gone(error) from error
         if not size:
             raise self._gone(ConnectionResetError(errno.ECONNRESET, "the other side closed it"))
         self._decoder.buffer_updated(size)
 
+    def untaken(self) -> memoryview:
+        """The bytes that have come and were not taken; at least one, which it waits for as long as the socket allows.
+
+        Only on a channel that a single thread uses.
+        """
+        if not self._decoder.partial:
+            self._read()
+        return self._decoder.untaken()
+
+    def address(self) -> int:
+        """Where what :meth:`untaken` shows lies in this process."""
+        return self._decoder.address()
+
+    def take(self, size: int) -> None:
+        """Take bytes that :meth:`untaken` has shown."""
+        self._decoder.take(size)
+
     def pages(self, frame: Frame) -> Pages:
         """Read a PAGES frame.
 
         :raise PeerError: it does not add up, or names pages that the guest does not have.
         """
-        return frames.decode_pages(frame.payload, self._pages)
+        return frames.decode_pages(frame.payload, self.limit)
 
     def requested(self, frame: Frame) -> tuple[int, ...]:
         """Read a REQUEST frame; errors as :meth:`pages`."""
-        return frames.decode_request(frame.payload, self._pages)
+        return frames.decode_request(frame.payload, self.limit)
 
     def pageset(self, frame: Frame) -> PageSetPart:
         """Read a PAGESET frame; errors as :meth:`pages`."""
-        return frames.decode_pageset(frame.payload, self._pages)
+        return frames.decode_pageset(frame.payload, self.limit)

@@ -18,6 +18,7 @@ Whatever a peer sends is checked before it is used: lengths against the caps, pa
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import zlib
 from dataclasses import dataclass
@@ -200,6 +201,7 @@ class Decoder:
     def __init__(self) -> None:
         self._buffer = bytearray(2 * (HEADER_SIZE + MAX_PAYLOAD))
         self._view = memoryview(self._buffer)
+        self._address: int | None = None
         self._start = self._end = 0
         self._broken: PeerError | None = None
 
@@ -237,6 +239,20 @@ class Decoder:
             return None
         self._start = begin + length
         return Frame(kind, self._view[begin : begin + length])
+
+    def untaken(self) -> memoryview:
+        """What has come and was not taken, as it lies in the buffer."""
+        return self._view[self._start : self._end]
+
+    def address(self) -> int:
+        """Where :meth:`untaken` lies in this process."""
+        if self._address is None:
+            self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        return self._address + self._start
+
+    def take(self, size: int) -> None:
+        """Take the next ``size`` bytes, which the caller has understood by itself."""
+        self._start += size
 
     @property
     def partial(self) -> bool:

@@ -1,0 +1,84 @@
+"""Who may take part in a migration: the source's streams, each once, and nobody else's.
+
+The port is open before the destination's QEMU is: the source's calls and QEMU's start take as long as each other.
+"""
+
+from __future__ import annotations
+
+import time
+
+from outboard.errors import NotAuthorisedError, OutboardError, PeerError
+from outboard.migrate import messages
+from outboard.migrate.messages import Hello, Prepare
+from outboard.wire.channel import Channel
+from outboard.wire.tls import Listener
+from outboard.wire.token import TokenBook
+
+_STEP_S = 30.0
+
+
+class Admission:
+    """The door of one incoming migration; a context manager that closes it.
+
+    :param source: the name that the source's certificate must carry.
+    :raise PeerError: ``prepare`` describes a VM without memory.
+    """
+
+    def __init__(self, prepare: Prepare, source: str, listener: Listener, tokens: TokenBook) -> None:
+        self._prepare = prepare
+        self._source = source
+        self._listener = listener
+        self._tokens = tokens
+        self._pages = max((first + pages for first, pages, _ in prepare.layout), default=0)
+        if self._pages <= 0:
+            raise PeerError(f"{source} announced {prepare.vm} without memory")
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._listener.close()
+
+    def streams(self) -> dict[str, Channel]:
+        """All of this migration's streams, by their roles.
+
+        :raise UnreachableError: they did not come.
+        """
+        streams: dict[str, Channel] = {}
+        deadline = time.monotonic() + _STEP_S
+        try:
+            while len(streams) < len(messages.ROLES):
+                try:
+                    # Anybody may call this port: who is not of this migration is turned away, and the rest waited for.
+                    channel = self._listener.accept(max(0.0, deadline - time.monotonic()), self._pages)
+                except NotAuthorisedError:
+                    continue
+                try:
+                    hello = messages.expect(channel.receive(_STEP_S).payload, Hello)
+                    self._authorise(channel, hello)
+                except OutboardError:
+                    channel.close()
+                    continue
+                streams[hello.role] = channel
+        except OutboardError:
+            for channel in streams.values():
+                channel.close()
+            raise
+        return streams
+
+    def refuse(self, error: OutboardError) -> None:
+        """Tell the source that nothing comes of it.
+
+        :raise UnreachableError: it does not come to be told.
+        """
+        streams = self.streams()
+        streams["control"].send_message(messages.encode(messages.Failed(why=str(error), exit_code=error.exit_code)))
+        for channel in streams.values():
+            channel.close()
+
+    def _authorise(self, channel: Channel, hello: Hello) -> None:
+        if channel.peer_name != self._source:
+            raise NotAuthorisedError(f"{channel.peer_name} opened a stream of a migration from {self._source}")
+        if hello.migration != self._prepare.migration or hello.role not in messages.ROLES:
+            raise NotAuthorisedError(f"{self._source} opened a stream of another migration")
+        self._tokens.redeem(hello.token, hello.role)
