@@ -58,10 +58,12 @@ class SchedulingGroup:
             root, self._before = hierarchy
             group = root / self._name
             group.mkdir()
-            shares = [("cpu.shares", 1024 * _SESSIONS), ("cpu.weight", 100 * _SESSIONS)]  # version 1, version 2
-            for name, value in [*shares, ("cpu.rt_runtime_us", _REAL_TIME_US)]:
+            for name, value in [("cpu.shares", 1024 * _SESSIONS), ("cpu.weight", 100 * _SESSIONS)]:  # version 1, 2
                 if (group / name).exists():
                     (group / name).write_text(str(value))
+            # EINVAL: its siblings were promised too much already. Then nothing in it is real-time.
+            with contextlib.suppress(OSError):
+                (group / "cpu.rt_runtime_us").write_text(str(_REAL_TIME_US))
             (group / "cgroup.procs").write_text("0")
 
     def close(self) -> None:

@@ -44,3 +44,14 @@ def test_a_group_that_was_left_is_removed_by_its_name() -> None:
     remove(name)
     remove(name)
     assert groups() == before
+
+
+def test_a_machine_that_has_no_real_time_left_to_give() -> None:
+    name = f"outboard-demo-test-{secrets.token_hex(4)}"
+    groups = [SchedulingGroup(f"{name}-{number}") for number in range(4)]
+    try:
+        for group in groups:
+            group.enter()
+    finally:
+        for group in reversed(groups):
+            group.close()

@@ -73,7 +73,7 @@ def test_a_guest_whose_memory_ends_early(tmp_path: Path, disabled: frozenset[str
 def test_early_pieces_are_small_so_that_work_can_begin(tmp_path: Path) -> None:
     with serve(tmp_path, FLAGS.tobytes()):
         sizes = [flags.size // MIB for _, flags in take(tmp_path, [(0, 5000 * MIB)])]
-    assert sizes == [512, 1024, 2048, 1416]
+    assert sizes == [128, 512, 2048, 2312]
 
 
 def test_an_agent_that_runs_nothing_and_reads_nothing(tmp_path: Path) -> None:
@@ -136,6 +136,6 @@ def test_an_agent_that_changes_its_mind(tmp_path: Path) -> None:
 
     with serve(tmp_path, FLAGS.tobytes(), twist=once):
         told = take(tmp_path, [(0, 2048 * MIB)])
-        assert next(told)[1].size == 512 * MIB
+        assert next(told)[1].size == 128 * MIB
         with pytest.raises(OutboardError, match="enough"):
             next(told)

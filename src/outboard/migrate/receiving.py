@@ -29,6 +29,7 @@ class BulkReceiver:
         self._channel = channel
         self._faults = faults
         self._link = link
+        channel.take_over()
 
     def serve(self) -> None:
         """Receive until AllSent.

@@ -96,6 +96,7 @@ class BulkSender:
         self._paced_at = 0
         self._paced = False
         channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        channel.take_over()
 
     def serve(self) -> None:
         """Take orders until the engine ends us."""

@@ -61,7 +61,7 @@ def _by_program(agent: GuestAgent, at: int, end: int, deadline: float) -> Iterat
         piece = min(piece, -(-(end - at) // _BLOCK) * _BLOCK)
         copy = f"dd if={PATH} bs={_BLOCK} skip={at // _BLOCK} count={piece // _BLOCK} 2>/dev/null | gzip -1"
         # Ahead of whatever keeps the guest busy: it is asked because it is in trouble.
-        command = f"renice -n -20 -p $$ >/dev/null 2>&1; {copy}"
+        command = f"renice -n -10 -p $$ >/dev/null 2>&1; {copy}"
         _, packed = agent.run("/bin/sh", "-c", command, deadline=deadline)
         # Nothing at all comes where there is no gzip.
         data = _unpacked(packed, piece) if packed else b""

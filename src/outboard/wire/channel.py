@@ -53,6 +53,15 @@ class Channel:
         self._writable = select.poll()
         self._writable.register(connection, select.POLLOUT)
         self._ready: Frame | None = None
+        self._alone = False
+
+    def take_over(self) -> None:
+        """Say that from now on a single thread of this process uses the channel, and that it may wait without end.
+
+        A bulk stream is thousands of records a second, and to each of them belong a poll and a lock that it then saves.
+        """
+        self._alone = True
+        self.socket.settimeout(None)
 
     def fileno(self) -> int:
         """Readable when bytes wait in the kernel; see :meth:`pending` for those that no longer do."""
@@ -72,6 +81,8 @@ class Channel:
         view = memoryview(data).cast("B")
         at = 0
         try:
+            while self._alone and at < len(view):
+                at += self.socket.send(view[at : at + _RECORD])
             while at < len(view):
                 # Wait for room without the lock: the peer may be waiting for us to read before it reads.
                 self._writable.poll()
@@ -152,6 +163,9 @@ class Channel:
         deadline = None if timeout is None else time.monotonic() + timeout
         late = False
         while (frame := self._decoder.next()) is None:
+            if self._alone and deadline is None:
+                self._read_frame()
+                continue
             if late:
                 raise UnreachableError(f"{self.peer_name} did not send all of a frame in time")
             self._fill(deadline)
@@ -166,7 +180,13 @@ class Channel:
         with self._using:
             self._read()
 
-    def _read(self) -> None:
+    def _read_frame(self) -> None:
+        """Read on until what has begun is whole."""
+        missing = self._decoder.missing()
+        while missing > 0:
+            missing -= self._read()
+
+    def _read(self) -> int:
         try:
             size = self.socket.recv_into(self._decoder.get_buffer())
         except (OSError, ValueError) as error:
@@ -174,6 +194,7 @@ class Channel:
         if not size:
             raise self._gone(ConnectionResetError(errno.ECONNRESET, "the other side closed it"))
         self._decoder.buffer_updated(size)
+        return size
 
     def untaken(self) -> memoryview:
         """The bytes that have come and were not taken; at least one, which it waits for as long as the socket allows.

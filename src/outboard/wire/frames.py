@@ -240,6 +240,14 @@ class Decoder:
         self._start = begin + length
         return Frame(kind, self._view[begin : begin + length])
 
+    def missing(self) -> int:
+        """How many more bytes there must at least be for the next frame to be whole."""
+        size = self._end - self._start
+        if size < HEADER_SIZE:
+            return HEADER_SIZE - size
+        _, length = read_header(self._view[self._start : self._start + HEADER_SIZE])
+        return HEADER_SIZE + length - size
+
     def untaken(self) -> memoryview:
         """What has come and was not taken, as it lies in the buffer."""
         return self._view[self._start : self._end]

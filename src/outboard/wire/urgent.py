@@ -103,8 +103,7 @@ class Answering:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        # Between two requests any time may pass.
-        channel.socket.settimeout(None)
+        channel.take_over()
         self._answer = bytearray(_FULL + bytes(PAGE))
         self.page = memoryview(self._answer)[len(_FULL) :]
         """Where the content of the page to answer with goes."""
