@@ -196,7 +196,7 @@ class Outgoing:
             yield
             return
         # A VM that is evicted gets little of a processor, and cannot answer on that.
-        with sched.favoured([self.guest.emulator_thread(), *(vcpu.tid for vcpu in self.guest.vcpus)], nice=-5):
+        with sched.favoured([self.guest.emulator_thread(), *(vcpu.tid for vcpu in self.guest.vcpus)]):
             self._asking = Worker("outboard-hints", lambda link: ask(self.guest, self.outbox, link))
             self._cleanup.callback(self._asking.end)
             yield
