@@ -81,6 +81,22 @@ def test_a_look_at_a_part_tells_of_neighbours_and_leaves_the_rest() -> None:
         guest.memory.close()
 
 
+@pytest.mark.parametrize(("backend", "needs"), BACKENDS)
+def test_a_peek_takes_nothing_away(backend: Callable[[Guest], WriteTrace], needs: tuple[str, ...]) -> None:
+    require(*needs)
+    with Target(mebibytes=16) as target:
+        guest = guest_of(target)
+        with backend(guest) as trace:
+            assert numbers(trace.peek()) == []
+            for page in (5, 100, 3000):
+                target.ask(f"w {page} 1")
+            assert numbers(trace.peek()) == [5, 100, 3000]
+            assert 100 in numbers(trace.peek(PageSet.from_numbers(target.pages, np.array([100]))))
+            assert numbers(trace.collect()) == [5, 100, 3000]
+            assert numbers(trace.peek()) == []
+        guest.memory.close()
+
+
 def test_closing_leaves_no_trace_in_the_process() -> None:
     with Target() as target:
         guest = guest_of(target)
