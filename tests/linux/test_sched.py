@@ -23,7 +23,7 @@ def test_this_process_is_preferred_where_that_is_permitted() -> None:
 
 def test_threads_that_are_favoured_for_a_while_are_as_they_were() -> None:
     require("root")
-    child = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: os.nice(3))  # noqa: PLW1509  # one thread, one call
+    child = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: os.nice(3))  # one thread, one call
     try:
         with sched.favoured([child.pid, 1 << 22]):
             assert os.getpriority(os.PRIO_PROCESS, child.pid) == -15

@@ -87,7 +87,7 @@ def test_the_source_is_let_in_by_its_tokens(door: Door) -> None:
 )
 def test_a_stranger_is_turned_away_and_the_source_still_let_in(door: Door, how: dict[str, str]) -> None:
     thread, streams = door.admit()
-    refused(door.call("bulk", **how))  # type: ignore[arg-type]
+    refused(door.call("bulk", **how))
     ours = [door.call(role) for role in messages.ROLES]
     thread.join(20)
     assert set(streams) == set(messages.ROLES)
@@ -139,5 +139,8 @@ def test_a_refusal_reaches_the_source_with_its_exit_code(door: Door) -> None:
 
 def test_a_vm_without_memory(identities: Path) -> None:
     empty = messages.Prepare(migration="m1", vm="web", spec="", layout=[])
-    with Listener(ADDRESS, (43000, 43050), identities / "b") as listener, pytest.raises(PeerError, match="without memory"):
+    with (
+        Listener(ADDRESS, (43000, 43050), identities / "b") as listener,
+        pytest.raises(PeerError, match="without memory"),
+    ):
         Admission(empty, "a", listener, TokenBook(time.monotonic))

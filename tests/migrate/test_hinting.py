@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -24,7 +23,9 @@ PATH = "/proc/kpageflags"
 
 
 def guest_at(path: Path | None) -> Guest:
-    return cast(Guest, SimpleNamespace(name="web", agent_path=path, regions=[SimpleNamespace(first=0, pages=PAGES, gpa=0)]))
+    return cast(
+        Guest, SimpleNamespace(name="web", agent_path=path, regions=[SimpleNamespace(first=0, pages=PAGES, gpa=0)])
+    )
 
 
 def outbox_of(unpopulated: slice) -> Outbox:
@@ -73,7 +74,8 @@ def test_what_the_guest_tells_is_ranked(path: Path) -> None:
     assert words.startswith(f"guest agent: {PAGES} pages classed in ")
     assert np.all(outbox.rank[100:150] <= ranking.EARLY_UPTO)
     assert np.all(outbox.rank[150:160] == NEVER)
-    assert np.all(outbox.rank[200:-1] == NEVER)
+    # Up to 256 is the PC's hole for devices.
+    assert np.all(outbox.rank[256:-1] == NEVER)
     assert outbox.rank[-1] < outbox.rank[100]
 
 

@@ -24,8 +24,8 @@ from tests.support.target import Target
 def guest() -> Iterator[Guest]:
     with Target(mebibytes=8) as target:
         guest = guest_of(target)
-        for page in range(0, target.pages, 2):
-            guest.memory.write(page, memoryview(bytes([page % 255 + 1]) * 4096))
+        for page in range(target.pages):
+            guest.memory.write(page, memoryview(bytes([0 if page % 2 else page % 255 + 1]) * 4096))
         yield guest
         guest.memory.close()
 

@@ -143,22 +143,25 @@ def test_a_channel_of_one_thread_waits_for_the_rest_of_a_frame(relayed: tuple[Ch
     theirs.take_over()
     whole = frames.header(Kind.MESSAGE, 50_000) + bytes(range(250)) * 200
     ours._send(whole[:10])
-    later = threading.Timer(0.8, lambda: [ours._send(part) for part in (whole[10:100], whole[100:])])
-    later.start()
+    later = [threading.Timer(0.8, ours._send, [whole[10:100]]), threading.Timer(1.0, ours._send, [whole[100:]])]
+    for timer in later:
+        timer.start()
     assert bytes(theirs.receive().payload) == whole[frames.HEADER_SIZE :]
-    later.join()
+    for timer in later:
+        timer.join()
     for number in range(3):
         ours.send_message(b"%d" % number)
     assert [bytes(theirs.receive().payload) for _ in range(3)] == [b"0", b"1", b"2"]
 
 
-def test_a_channel_of_one_thread_is_told_of_the_end(relayed: tuple[Channel, Channel, Relay]) -> None:
-    ours, theirs, _ = relayed
-    theirs.take_over()
-    ours._send(frames.header(Kind.MESSAGE, 5000) + b"the rest never comes")
-    ours.close()
-    (said,) = outcome(theirs, None)
-    assert "the connection to a is gone" in said
+def test_a_channel_of_one_thread_is_told_of_the_end() -> None:
+    left, right = socket.socketpair()
+    with Channel(left, "left") as ours, Channel(right, "right") as theirs:
+        theirs.take_over()
+        ours._send(frames.header(Kind.MESSAGE, 5000) + b"the rest never comes")
+        ours.close()
+        (said,) = outcome(theirs, None)
+    assert "the connection to right is gone" in said
 
 
 def test_a_deadline_still_counts_on_a_channel_of_one_thread(relayed: tuple[Channel, Channel, Relay]) -> None:

@@ -362,9 +362,8 @@ def test_a_name_that_is_none(identities: Path, tmp_path: Path) -> None:
 
 def test_a_certificate_that_was_issued_anew_counts_from_the_next_connection(identities: Path, tmp_path: Path) -> None:
     issue_host(identities / "other-ca", tmp_path / "b", "b", [ADDRESS])
-    with Listener(ADDRESS, PORTS, tmp_path / "b") as before:
-        with pytest.raises(OutboardError):
-            connect(ADDRESS, before.port, identities / "a", "b", 5)
+    with Listener(ADDRESS, PORTS, tmp_path / "b") as before, pytest.raises(OutboardError):
+        connect(ADDRESS, before.port, identities / "a", "b", 5)
     for file in (tmp_path / "b").iterdir():
         file.unlink()
     issue_host(identities / "ca", tmp_path / "b", "b", [ADDRESS])

@@ -88,9 +88,8 @@ def test_an_answer_in_pieces_is_waited_for(ends: tuple[Channel, Channel]) -> Non
     asking = Asking(ends[0])
     frame = frames.pages_head([(12, 1)], np.zeros(1, dtype=np.bool_)) + full(12)
     for cut in (1, 16, 30, 100, len(frame) - 1):
-        sender = threading.Thread(
-            target=lambda cut=cut: [ends[1].socket.sendall(part) for part in (frame[:cut], frame[cut:])]  # type: ignore[misc]
-        )
+        sender = threading.Timer(0.05, ends[1].socket.sendall, [frame[cut:]])
+        ends[1].socket.sendall(frame[:cut])
         sender.start()
         assert taken(asking) == [(12, full(12))]
         sender.join()

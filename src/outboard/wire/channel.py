@@ -52,7 +52,6 @@ class Channel:
         self._readable.register(connection, select.POLLIN)
         self._writable = select.poll()
         self._writable.register(connection, select.POLLOUT)
-        self._ready: Frame | None = None
         self._alone = False
 
     def take_over(self) -> None:
@@ -144,10 +143,8 @@ class Channel:
         return len(head) + len(data)
 
     def pending(self) -> bool:
-        """Whether a frame, or part of one, has been received already: poll(2) would not tell."""
-        if self._ready is None:
-            self._ready = self._decoder.next()
-        return self._ready is not None or bool(self._tls is not None and self._tls.pending())
+        """Whether a frame has been received already, or part of one by the TLS engine: poll(2) would not tell."""
+        return self._decoder.missing() <= 0 or bool(self._tls is not None and self._tls.pending())
 
     def receive(self, timeout: float | None = None) -> Frame:
         """The next frame; its payload is good until the next call.
@@ -157,9 +154,6 @@ class Channel:
         :raise UnreachableError: the peer closed the connection, or time is up.
         :raise PeerError: what came is no frame.
         """
-        if self._ready is not None:
-            ready, self._ready = self._ready, None
-            return ready
         deadline = None if timeout is None else time.monotonic() + timeout
         late = False
         while (frame := self._decoder.next()) is None:

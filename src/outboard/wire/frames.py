@@ -241,7 +241,10 @@ class Decoder:
         return Frame(kind, self._view[begin : begin + length])
 
     def missing(self) -> int:
-        """How many more bytes there must at least be for the next frame to be whole."""
+        """How many more bytes there must at least be for the next frame to be whole; 0 or less when it is.
+
+        :raise PeerError: what came is no frame.
+        """
         size = self._end - self._start
         if size < HEADER_SIZE:
             return HEADER_SIZE - size
