@@ -37,6 +37,7 @@ from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digests
 from outboard.pages.pageset import PageSet
 from outboard.trace.writes import WriteTrace, open_write_trace
+from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure
 from outboard.vmm.guest import Guest
 from outboard.wire import tls
@@ -420,8 +421,7 @@ class Outgoing:
         self.findings.arrived = self._await_message(messages.Arrived, timeout=None)
         self._on(Event.ARRIVED)
         # The VM is whole over there: what is left here is memory to give back.
-        with contextlib.suppress(UnreachableError):
-            self.guest.monitor.execute("quit")
+        qemu_process.end(self._vmm)
 
     def _give_up(self, error: BaseException) -> None:
         event = Event.CANCEL if isinstance(error, CancelledError) else Event.FAIL

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Literal
 
 from outboard.errors import KernelError, NotFoundError, OutboardError, RefusedError, UnreachableError
 from outboard.linux import hugetlb, memfd, pidfd, proc, sched, tun
+from outboard.vmm import qemu_process
 from outboard.vmm.accelerator import why_not_kvm
 from outboard.vmm.arguments import qemu_arguments
 from outboard.vmm.monitor import Monitor
@@ -25,7 +25,6 @@ from outboard.vmm.registry import ENGINE_SOCKET, LOG, QMP_SOCKET, Registry, VmRe
 from outboard.vmm.spec import MIB, VmSpec
 
 _START_S = 30.0
-_QUIT_S = 5.0
 _LOOK_S = 0.002
 _HUGE = {2 * MIB: memfd.HugePages.MIB_2}
 
@@ -188,7 +187,7 @@ def launch(spec: VmSpec, registry: Registry, incoming: bool = False) -> VmRecord
 
 
 def stop(record: VmRecord, registry: Registry) -> None:
-    """End a VM's QEMU at once, like pulling the plug, and forget the VM: by its monitor, else by signals. Idempotent.
+    """End a VM's QEMU at once, like pulling the plug, and forget the VM. Idempotent.
 
     :raise UnreachableError: the process does not end.
     """
@@ -197,27 +196,14 @@ def stop(record: VmRecord, registry: Registry) -> None:
         try:
             # The pid may have been another's by the time it was opened.
             if record.alive:
-                _end(record, ended)
+                if not qemu_process.end(ended):
+                    raise UnreachableError(
+                        f"{record.name}: QEMU (process {record.pid}) does not end, not even by SIGKILL"
+                    )
+                _reap(record.pid)
         finally:
             os.close(ended)
     registry.remove(record.name)
-
-
-def _end(record: VmRecord, ended: int) -> None:
-    asked = False
-    with contextlib.suppress(OutboardError), Monitor.connect(record.engine_socket, timeout=1.0) as monitor:
-        # Answered or not: QEMU may close the monitor before it has answered, and what counts is that it ends.
-        asked = True
-        monitor.execute("quit", timeout=1.0)
-    for number in (None, signal.SIGTERM, signal.SIGKILL):
-        if number is not None:
-            pidfd.send_signal(ended, number)
-        elif not asked:
-            continue
-        if pidfd.wait(ended, _QUIT_S):
-            _reap(record.pid)
-            return
-    raise UnreachableError(f"{record.name}: QEMU (process {record.pid}) does not end, not even by SIGKILL")
 
 
 def _reap(pid: int) -> None:

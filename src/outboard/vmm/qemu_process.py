@@ -1,4 +1,5 @@
-"""What the kernel tells of a QEMU process: that it is one, and on which sockets its command line has it listen.
+"""What the kernel tells of a QEMU process: that it is one, and on which sockets its command line has it listen. And
+its end.
 
 Options are ``key=value`` lists or JSON; a path is the one that QEMU sees, which may have another root than we do.
 """
@@ -6,15 +7,17 @@ Options are ``key=value`` lists or JSON; a path is the one that QEMU sees, which
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from outboard.errors import KernelError, RefusedError
-from outboard.linux import proc
+from outboard.linux import pidfd, proc
 
 AGENT_PORT = "org.qemu.guest_agent.0"
+_END_S = 5.0
 
 
 def check(pid: int) -> None:
@@ -32,6 +35,21 @@ def check(pid: int) -> None:
         raise RefusedError("not-qemu", f"there is no process {pid} to attach to") from error
     if "qemu" not in program.name:
         raise RefusedError("not-qemu", f"process {pid} runs {program}, which is no QEMU")
+
+
+def end(process: int) -> bool:
+    """End a QEMU by its pidfd, like pulling the plug: SIGTERM, and SIGKILL when that has not done it in five seconds.
+
+    Not by ``quit``: in one of ten to twenty runs QEMU 7.2 takes that from its monitor only seconds later, while a signal
+    interrupts whatever its main loop waits for.
+
+    :return: whether it has ended.
+    """
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        pidfd.send_signal(process, number)
+        if pidfd.wait(process, _END_S):
+            return True
+    return False
 
 
 def monitors(pid: int) -> list[Path]:
