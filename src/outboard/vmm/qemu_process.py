@@ -40,8 +40,8 @@ def check(pid: int) -> None:
 def end(process: int) -> bool:
     """End a QEMU by its pidfd, like pulling the plug: SIGTERM, and SIGKILL when that has not done it in five seconds.
 
-    Not by ``quit``: in one of ten to twenty runs QEMU 7.2 takes that from its monitor only seconds later, while a signal
-    interrupts whatever its main loop waits for.
+    Not by ``quit``: now and then QEMU 7.2 takes that from its monitor only seconds later, while a signal interrupts
+    whatever its main loop waits for.
 
     :return: whether it has ended.
     """
