@@ -12,6 +12,8 @@
     ├── NotAuthorisedError         a certificate, a token or a credential was not accepted                  exit 7
     ├── UnreachableError           an agent, a host or a monitor did not answer                             exit 8
     ├── PeerError                  what came over a socket or from a guest broke the protocol               exit 1
+    ├── StoreFullError             no room for a page that was to be put away: it stays where it is          exit 1
+    ├── DamagedPageError           a page that was put away is not what it was: it is not used               exit 1
     └── KernelError (an OSError)   a system call failed; ``operation`` names it                             exit 1
 
 A message says what was attempted, on what, what came back, and what to do about it. Library code raises;
@@ -85,6 +87,14 @@ class UnreachableError(OutboardError):
 
 class PeerError(OutboardError):
     """What came over a socket or from a guest broke the protocol; the connection is unusable from then on."""
+
+
+class StoreFullError(OutboardError):
+    """A store has no room; nothing of what was being put there has been kept, and all of it is where it was."""
+
+
+class DamagedPageError(OutboardError):
+    """A page that was put away came back as something else; it is named, and never used."""
 
 
 class KernelError(OutboardError, OSError):

@@ -6,7 +6,19 @@ import ctypes
 import subprocess
 from enum import IntFlag
 
-from outboard.linux import fallocate, memfd, pagemap, pidfd, prctl, process_madvise, ptrace, tcp, tun, userfaultfd
+from outboard.linux import (
+    fallocate,
+    memfd,
+    pagemap,
+    pidfd,
+    prctl,
+    process_madvise,
+    ptrace,
+    statfs,
+    tcp,
+    tun,
+    userfaultfd,
+)
 from outboard.linux.libc import Request
 from outboard.linux.pagemap import Category
 from outboard.linux.process_madvise import Advice
@@ -19,6 +31,7 @@ SAME = {
     "uffdio_move": "uffdio_copy",
     "uffdio_rwprotect": "uffdio_writeprotect",
     "tcp_info": "tcp_info_head",
+    "statfs": "struct_statfs",
 }
 """Structs of one layout that we have under one name."""
 
@@ -39,7 +52,7 @@ FIELDS = {
     "arg.fork.ufd": "flags",
 }
 
-MODULES = (fallocate, memfd, pagemap, pidfd, prctl, process_madvise, ptrace, tcp, tun, userfaultfd)
+MODULES = (fallocate, memfd, pagemap, pidfd, prctl, process_madvise, ptrace, statfs, tcp, tun, userfaultfd)
 
 PREFIXES: dict[str, type[IntFlag] | type[EventKind] | type[Advice]] = {
     "UFFD_FEATURE_": Features,

@@ -14,7 +14,7 @@ from outboard.migrate.hinting import Classed, Told, ask, decode_hint
 from outboard.migrate.outbox import NEVER, Outbox
 from outboard.migrate.worker import Worker
 from outboard.pages.pageset import PageSet
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import QemuGuest
 from tests.support.fake_agent import FakeAgent, Twist, honest
 
 PAGES = 1 << 17
@@ -22,9 +22,9 @@ FREE, SLAB, TABLE = 1 << 10, 1 << 7, 1 << 26
 PATH = "/proc/kpageflags"
 
 
-def guest_at(path: Path | None) -> Guest:
+def guest_at(path: Path | None) -> QemuGuest:
     return cast(
-        Guest, SimpleNamespace(name="web", agent_path=path, regions=[SimpleNamespace(first=0, pages=PAGES, gpa=0)])
+        QemuGuest, SimpleNamespace(name="web", agent_path=path, regions=[SimpleNamespace(first=0, pages=PAGES, gpa=0)])
     )
 
 
@@ -36,7 +36,7 @@ def outbox_of(unpopulated: slice) -> Outbox:
     return outbox
 
 
-def hear(guest: Guest, outbox: Outbox) -> tuple[list[Classed], str]:
+def hear(guest: QemuGuest, outbox: Outbox) -> tuple[list[Classed], str]:
     """What the worker says, until its last word."""
     worker = Worker("test-hints", lambda link: ask(guest, outbox, link))
     pieces: list[Classed] = []

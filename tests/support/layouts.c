@@ -5,6 +5,7 @@
 #include <linux/fs.h>
 #include <linux/if.h>
 #include <linux/if_tun.h>
+#include <linux/magic.h>
 #include <linux/memfd.h>
 #include <linux/prctl.h>
 #include <linux/sockios.h>
@@ -18,6 +19,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/user.h>
+#include <sys/vfs.h>
 
 #define SIZE(type) printf("size " #type " %zu\n", sizeof(struct type))
 #define OFFSET(type, field) printf("offset " #type " " #field " %zu\n", offsetof(struct type, field))
@@ -113,6 +115,8 @@ int main(void) {
 #endif
     VALUE(FALLOC_FL_KEEP_SIZE); VALUE(FALLOC_FL_PUNCH_HOLE);
     VALUE(PR_SET_PDEATHSIG); VALUE(PR_SET_NAME);
+    SIZE(statfs); OFFSET(statfs, f_type); OFFSET(statfs, f_bsize);
+    VALUE(TMPFS_MAGIC); VALUE(HUGETLBFS_MAGIC);
     VALUE(MFD_HUGETLB); VALUE(MFD_HUGE_2MB); VALUE(MFD_HUGE_1GB);
     return 0;
 }

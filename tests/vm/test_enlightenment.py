@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from outboard.vmm import kpageflags
 from outboard.vmm.attach import attach
 from outboard.vmm.enlighten import PageClass, chunks
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import QemuGuest
 from outboard.vmm.guest_agent import GuestAgent
 from tests.support.machine import Machine
 from tests.support.requirements import require
@@ -24,14 +24,14 @@ MEBIBYTES = 3072
 
 
 @pytest.fixture(scope="module")
-def guest() -> Iterator[Guest]:
+def guest() -> Iterator[QemuGuest]:
     require("qemu", "root")
     with Machine(MEBIBYTES, boot=True) as vm, attach(qmp=vm.qmp) as attached:
         yield attached
 
 
 @pytest.fixture
-def agent(guest: Guest) -> Iterator[GuestAgent]:
+def agent(guest: QemuGuest) -> Iterator[GuestAgent]:
     assert guest.agent_path is not None
     with GuestAgent(guest.agent_path, 60) as connected:
         yield connected
@@ -45,14 +45,14 @@ def meminfo(agent: GuestAgent) -> dict[str, int]:
     return {field[0].rstrip(":"): int(field[1]) // 4 for field in fields if field[-1] == "kB"}
 
 
-def classes_of(guest: Guest, agent: GuestAgent) -> NDArray[np.uint8]:
+def classes_of(guest: QemuGuest, agent: GuestAgent) -> NDArray[np.uint8]:
     classes = np.full(guest.pages, PageClass.OTHER, dtype=np.uint8)
     for first, part in chunks(guest, agent, deadline=time.monotonic() + 60):
         classes[first : first + part.size] = part
     return classes
 
 
-def test_classes_are_what_the_guest_counts(guest: Guest, agent: GuestAgent) -> None:
+def test_classes_are_what_the_guest_counts(guest: QemuGuest, agent: GuestAgent) -> None:
     # The first round brings programs and their libraries into memory, and to the shape of free lists that lasts.
     classes_of(guest, agent)
     before = meminfo(agent)
@@ -83,7 +83,7 @@ def test_both_ways_of_asking_tell_the_same(agent: GuestAgent) -> None:
     assert np.mean(same) > 0.99
 
 
-def test_free_pages_are_not_the_kernels_nor_the_firmwares(guest: Guest, agent: GuestAgent) -> None:
+def test_free_pages_are_not_the_kernels_nor_the_firmwares(guest: QemuGuest, agent: GuestAgent) -> None:
     classes = classes_of(guest, agent)
     # Page 0, the legacy hole and what the guest does not list at the end of its memory.
     assert not np.any(classes[[0, *range(0xA0, 0x100), *range(guest.pages - 32, guest.pages)]] == PageClass.FREE)
@@ -92,7 +92,7 @@ def test_free_pages_are_not_the_kernels_nor_the_firmwares(guest: Guest, agent: G
         assert np.mean(classes[region.first : region.first + region.pages] == PageClass.FREE) > 0.5
 
 
-def test_the_content_of_a_free_page_does_not_matter(guest: Guest, agent: GuestAgent) -> None:
+def test_the_content_of_a_free_page_does_not_matter(guest: QemuGuest, agent: GuestAgent) -> None:
     """The claim that skipping stands on: garbage in what the guest holds free, and it runs on unharmed."""
     free = classes_of(guest, agent) == PageClass.FREE
     guest.monitor.execute("stop")

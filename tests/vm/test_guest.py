@@ -19,7 +19,7 @@ from guest.build import COMMAND_LINE
 from outboard.errors import OutboardError
 from outboard.linux import proc
 from outboard.pages import PAGE_SIZE
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import QemuGuest
 from outboard.vmm.guest_agent import GuestAgent
 from outboard.vmm.launch import launch, stop
 from outboard.vmm.registry import Registry, VmRecord
@@ -166,7 +166,7 @@ def test_what_is_no_command_is_an_error(job: Job, line: str) -> None:
 
 
 @contextmanager
-def paused(guest: Guest) -> Iterator[None]:
+def paused(guest: QemuGuest) -> Iterator[None]:
     guest.monitor.execute("stop")
     try:
         yield
@@ -178,7 +178,7 @@ class TestCorruption:
     """Whatever is done to a page from outside, ``verify`` tells."""
 
     @pytest.fixture
-    def guest(self, vm: VmRecord, job: Job) -> Iterator[Guest]:
+    def guest(self, vm: VmRecord, job: Job) -> Iterator[QemuGuest]:
         job.ask("start 16 20000")
         before = job.writes()
         while job.writes() < before + 20000:
@@ -187,7 +187,7 @@ class TestCorruption:
             yield guest
 
     @staticmethod
-    def find(guest: Guest, number: int) -> int:
+    def find(guest: QemuGuest, number: int) -> int:
         """Which of the guest's pages is page ``number`` of the working set: it holds its number and its checksum."""
         weights = 2 * np.arange(511, dtype=np.uint64) + 1
         for first in range(0, guest.pages, 1024):
@@ -200,7 +200,7 @@ class TestCorruption:
                     return int(first + candidate)
         raise AssertionError(f"page {number} of the working set is not in the guest's memory")
 
-    def spoil(self, guest: Guest, number: int, change: str) -> None:
+    def spoil(self, guest: QemuGuest, number: int, change: str) -> None:
         with paused(guest):
             page = self.find(guest, number)
             data = bytearray(PAGE_SIZE)
@@ -214,7 +214,7 @@ class TestCorruption:
             guest.memory.write(page, memoryview(data))
 
     @pytest.mark.parametrize(("change", "why"), [("zero", "checksum"), ("bit", "checksum"), ("other", "number")])
-    def test_a_spoilt_page_is_found_for_good(self, guest: Guest, job: Job, change: str, why: str) -> None:
+    def test_a_spoilt_page_is_found_for_good(self, guest: QemuGuest, job: Job, change: str, why: str) -> None:
         self.spoil(guest, 17, change)
         assert job.ask("verify") == f"bad 1 first=17 {why}"
         before = job.writes()
@@ -222,7 +222,7 @@ class TestCorruption:
             pass
         assert job.ask("verify").startswith("bad 1 first=17")
 
-    def test_a_lost_update_is_found(self, guest: Guest, job: Job) -> None:
+    def test_a_lost_update_is_found(self, guest: QemuGuest, job: Job) -> None:
         """The page comes back as it once was: whole, right, and old."""
         old = bytearray(PAGE_SIZE)
         with paused(guest):

@@ -12,7 +12,7 @@ from outboard.cli.output import output_option, print_json, print_table, size_tex
 from outboard.errors import UsageError
 from outboard.pages import PAGE_SIZE
 from outboard.vmm.attach import attach as attach_to
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import QemuGuest
 from outboard.vmm.registry import Registry
 
 
@@ -48,7 +48,7 @@ class VmReport(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.vm
     vcpus: int
 
 
-def open_guest(vm: str | None, qmp: Path | None, pid: int | None) -> Guest:
+def open_guest(vm: str | None, qmp: Path | None, pid: int | None) -> QemuGuest:
     """Attach to the VM that a command names in one of three ways.
 
     :raise UsageError: it names none, or several.

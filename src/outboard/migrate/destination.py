@@ -35,7 +35,7 @@ from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Where
 from outboard.stores.peer import PeerStore
 from outboard.vmm.device_state import Arrival
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import QemuGuest
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Frame, Kind, PageSetPart
 
@@ -44,7 +44,7 @@ _TICK_S = 0.002
 _DIGEST_PART = 1 << 20
 
 
-def check_layout(guest: Guest, prepare: Prepare) -> None:
+def check_layout(guest: QemuGuest, prepare: Prepare) -> None:
     """See that both ends number the same pages.
 
     :raise RefusedError: ``memory-layout``: the destination's QEMU lays out memory otherwise.
@@ -68,7 +68,7 @@ class Incoming:
     Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
     """
 
-    def __init__(self, prepare: Prepare, guest: Guest, *, source: str, directory: Path) -> None:
+    def __init__(self, prepare: Prepare, guest: QemuGuest, *, source: str, directory: Path) -> None:
         check_layout(guest, prepare)
         self.committed = False
         self._guest = guest

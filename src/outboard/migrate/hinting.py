@@ -15,7 +15,7 @@ from outboard.errors import PeerError, UnreachableError
 from outboard.migrate import ranking
 from outboard.migrate.outbox import Outbox
 from outboard.vmm.enlighten import chunks
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import QemuGuest
 from outboard.vmm.guest_agent import GuestAgent
 
 _MOST_S = 5.0
@@ -38,7 +38,7 @@ class Told(msgspec.Struct, frozen=True, tag="told"):
 decode_hint: msgspec.json.Decoder[Classed | Told] = msgspec.json.Decoder(Classed | Told)
 
 
-def ask(guest: Guest, outbox: Outbox, link: socket.socket) -> None:
+def ask(guest: QemuGuest, outbox: Outbox, link: socket.socket) -> None:
     """Be the worker: rank what the guest tells, and report each piece to ``link``; the last report is Told."""
     began = time.monotonic()
     told = 0

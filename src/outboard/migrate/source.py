@@ -39,7 +39,7 @@ from outboard.pages.pageset import PageSet
 from outboard.trace.writes import WriteTrace, open_write_trace
 from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import Guest, QemuGuest
 from outboard.wire import tls
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind
@@ -87,7 +87,7 @@ class Outgoing:
     def __init__(
         self,
         migration: str,
-        guest: Guest,
+        guest: QemuGuest,
         destination: Destination,
         options: Options,
         *,

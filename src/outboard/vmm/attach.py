@@ -9,7 +9,7 @@ from pathlib import Path
 from outboard.errors import KernelError, OutboardError, PeerError, RefusedError, UnreachableError, UsageError
 from outboard.linux import proc
 from outboard.vmm import memory_map, qemu_process, refusals
-from outboard.vmm.guest import Guest, Region, VCpu
+from outboard.vmm.guest import QemuGuest, Region, VCpu
 from outboard.vmm.memory_map import RamRange
 from outboard.vmm.monitor import Monitor, MonitorError
 
@@ -20,7 +20,7 @@ _REGISTERED = frozenset({"um", "uw", "ui"})
 
 def attach(
     *, qmp: Path | None = None, pid: int | None = None, name: str | None = None, agent_path: Path | None = None
-) -> Guest:
+) -> QemuGuest:
     """Attach to a QEMU by its QMP socket, or by its process.
 
     A userfaultfd is seen if QEMU holds it. One that only another manager holds is met later: registering ends with
@@ -76,7 +76,7 @@ def _monitor_of(pid: int) -> Monitor:
     raise failure
 
 
-def _attach(monitor: Monitor, name: str | None, agent_path: Path | None) -> Guest:
+def _attach(monitor: Monitor, name: str | None, agent_path: Path | None) -> QemuGuest:
     pid = monitor.peer_pid
     qemu_process.check(pid)
     name = name or monitor.execute("query-name").get("name") or f"qemu-{pid}"
@@ -85,7 +85,7 @@ def _attach(monitor: Monitor, name: str | None, agent_path: Path | None) -> Gues
     regions = _regions(name, pid, monitor)
     if any("userfaultfd" in link for link in links):
         _check_unregistered(name, pid, regions)
-    return Guest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or qemu_process.agent(pid))
+    return QemuGuest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or qemu_process.agent(pid))
 
 
 def _check(name: str, links: list[str], monitor: Monitor) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from outboard.errors import OutboardError
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import QemuGuest
 from outboard.vmm.monitor import Monitor
 
 _CAPABILITIES = ("events", "x-ignore-shared", "pause-before-switchover")
@@ -57,7 +57,7 @@ class Departure:
     Synchronization: :meth:`forward` runs in a thread of its own; all else in the one that owns the monitor.
     """
 
-    def __init__(self, guest: Guest, directory: Path) -> None:
+    def __init__(self, guest: QemuGuest, directory: Path) -> None:
         self._guest = guest
         self._path = directory / f"departure-{secrets.token_hex(4)}.sock"
         self._listener = socket.socket(socket.AF_UNIX)
@@ -127,7 +127,7 @@ class Departure:
 class Arrival:
     """Device state on its way into a QEMU that was started with ``-incoming defer``."""
 
-    def __init__(self, guest: Guest, directory: Path) -> None:
+    def __init__(self, guest: QemuGuest, directory: Path) -> None:
         self._guest = guest
         path = directory / f"arrival-{secrets.token_hex(4)}.sock"
         monitor = guest.monitor

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,37 +153,26 @@ class GuestMemory:
 
 
 class Guest:
-    """An attached VM.
+    """An attached VM, or any process whose memory is managed like one: its memory, and who runs in it.
 
-    Made by :func:`outboard.vmm.attach.attach`. Nothing of the VM changes by attaching to it, nor by closing.
+    Nothing of the process changes by attaching to it, nor by closing.
 
-    Synchronization: one thread, the monitor's; ``memory`` and what is frozen may be used by forked workers.
+    Synchronization: ``memory`` and what is frozen may be used by any thread and by forked workers.
     """
 
-    def __init__(
-        self,
-        name: str,
-        pid: int,
-        regions: tuple[Region, ...],
-        vcpus: tuple[VCpu, ...],
-        monitor: Monitor,
-        agent_path: Path | None,
-    ) -> None:
+    def __init__(self, name: str, pid: int, regions: tuple[Region, ...], vcpus: tuple[VCpu, ...] = ()) -> None:
         self.name = name
         self.pid = pid
         self.regions = regions
         self.vcpus = vcpus
-        self.monitor = monitor
-        self.agent_path = agent_path
         self.pages = regions[-1].first + regions[-1].pages
         self.memory = GuestMemory(pid, regions)
 
     def close(self) -> None:
         """Let go. Idempotent."""
-        self.monitor.close()
         self.memory.close()
 
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -210,3 +200,28 @@ class Guest:
             if thread.tid not in busy:
                 return thread.tid
         raise OutboardError(f"{self.name}: process {self.pid} has no thread but its vCPUs'")
+
+
+class QemuGuest(Guest):
+    """A VM under QEMU, made by :func:`outboard.vmm.attach.attach`: also its monitor, and where its guest agent listens.
+
+    Synchronization: one thread uses the monitor.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pid: int,
+        regions: tuple[Region, ...],
+        vcpus: tuple[VCpu, ...],
+        monitor: Monitor,
+        agent_path: Path | None,
+    ) -> None:
+        super().__init__(name, pid, regions, vcpus)
+        self.monitor = monitor
+        self.agent_path = agent_path
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+        self.monitor.close()
+        super().close()

@@ -29,7 +29,7 @@ import msgspec
 from outboard.errors import KernelError, NotFoundError, OutboardError, RefusedError
 from outboard.linux import pidfd, proc
 from outboard.vmm.attach import attach
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import QemuGuest
 
 _RECORD = "vm.json"
 _SPEC = "spec.toml"
@@ -92,7 +92,7 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The description that starts the same VM on another host, as TOML."""
         return (self.directory / _SPEC).read_text()
 
-    def attach(self) -> Guest:
+    def attach(self) -> QemuGuest:
         """Attach to it; see :func:`outboard.vmm.attach.attach`."""
         return attach(qmp=self.engine_socket, name=self.name, agent_path=self.agent_socket)
 

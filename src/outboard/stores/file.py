@@ -1,0 +1,123 @@
+"""Pages in a file: on a disk a plain swap file, on tmpfs a pool in memory that survives whoever manages it.
+
+Beside the file lies ``FILE.slots`` with the digests. Slots are handed out in a row where there is room, so that what is
+evicted together is one write, and can be one read.
+
+Source: pwrite(2), preadv(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.errors import DamagedPageError, KernelError, StoreFullError
+from outboard.pages import PAGE_SIZE
+from outboard.stores.slots import Slots
+from outboard.stores.store import StoreStatistics
+
+
+class FileStore:
+    """``room`` pages in the file at ``path``, made if it is not there; a :class:`~outboard.stores.store.Store`.
+
+    :raise OutboardError: the file is there and was made for another number of pages.
+    :raise KernelError: it cannot be opened.
+
+    Synchronization: one process puts; any fetches and drops.
+    """
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise KernelError(f"open of the page file {path}", error.errno or errno.EIO) from error
+        try:
+            self._slots = Slots(path.with_name(path.name + ".slots"), room)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._put = self._fetched = 0
+
+    def put(self, content: NDArray[np.uint8]) -> NDArray[np.uint64]:
+        """See :meth:`Store.put`; a write that fails keeps nothing.
+
+        :raise StoreFullError: no room in the file, or none on its disk.
+        """
+        count = content.size // PAGE_SIZE
+        slots = self._slots.allocate(count)
+        if slots is None:
+            room, used = self._slots.count, self._slots.used()
+            raise StoreFullError(
+                f"{self.path} has room for {room} pages, {used} of them taken; {count} more were to be put there"
+            )
+        self._slots.sign(slots, content)
+        try:
+            for first, begin, end in _rows(slots):
+                self._whole(
+                    os.pwrite(self._fd, content[begin * PAGE_SIZE : end * PAGE_SIZE].data, first * PAGE_SIZE),
+                    end - begin,
+                )
+        except OSError as error:
+            self._slots.free(slots)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFullError(f"the disk of {self.path} is full: {count} pages stay in memory") from error
+            raise KernelError(f"write of {count} pages to {self.path}", error.errno or errno.EIO) from error
+        self._put += count
+        return slots
+
+    def fetch(self, locators: NDArray[np.uint64], into: NDArray[np.uint8]) -> None:
+        """See :meth:`Store.fetch`.
+
+        :raise KernelError: the file cannot be read.
+        """
+        for first, begin, end in _rows(locators):
+            part = into[begin * PAGE_SIZE : end * PAGE_SIZE]
+            try:
+                done = os.preadv(self._fd, [part.data], first * PAGE_SIZE)
+            except OSError as error:
+                raise KernelError(f"read of slot {first} of {self.path}", error.errno or errno.EIO) from error
+            if done != part.size:
+                raise DamagedPageError(f"{self.path} ends before slot {first + done // PAGE_SIZE}, which holds a page")
+        self._slots.verify(locators, into)
+        self._fetched += locators.size
+
+    def drop(self, locators: NDArray[np.uint64]) -> None:
+        """See :meth:`Store.drop`."""
+        self._slots.free(locators)
+
+    def retain(self, locators: NDArray[np.uint64]) -> None:
+        """See :meth:`Store.retain`."""
+        self._slots.retain(locators)
+
+    def statistics(self) -> StoreStatistics:
+        """A frozen snapshot."""
+        return StoreStatistics(self._slots.used(), self._slots.count, self._put, self._fetched)
+
+    def close(self) -> None:
+        """Idempotent; the file stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._slots.close()
+
+    @staticmethod
+    def _whole(done: int, pages: int) -> None:
+        if done != pages * PAGE_SIZE:
+            # A short write is a full disk that has not said so yet.
+            raise OSError(errno.ENOSPC, "short write")
+
+
+def _rows(slots: NDArray[np.uint64]) -> Iterator[tuple[int, int, int]]:
+    """Group slots that follow one another: (first slot, index of the first, index behind the last)."""
+    if not slots.size:
+        return
+    edges = np.flatnonzero(np.diff(slots) != 1) + 1
+    begins = [0, *edges.tolist()]
+    for begin, end in zip(begins, [*begins[1:], slots.size], strict=True):
+        yield int(slots[begin]), begin, end
