@@ -344,3 +344,15 @@ def test_a_dead_process_is_esrch(target: Target) -> None:
     with uffd, pytest.raises(KernelError) as caught:
         uffd.copy(target.at(0), source, 4096)
     assert caught.value.errno == errno.ESRCH
+
+
+def test_the_features_that_somebody_else_agreed_on() -> None:
+    with Userfaultfd.open() as own:
+        assert own.enabled() == Features(0)
+        own.api(Features.EVENT_REMOVE | Features.MISSING_SHMEM)
+        with Userfaultfd(os.dup(own.fileno())) as other:
+            assert other.enabled() == Features.EVENT_REMOVE | Features.MISSING_SHMEM
+    with Userfaultfd(os.open("/dev/null", os.O_RDONLY)) as other, pytest.raises(KernelError, match="fdinfo"):
+        other.enabled()
+    with pytest.raises(KernelError, match="fdinfo"):
+        other.enabled()

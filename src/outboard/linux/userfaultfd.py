@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from pathlib import Path
 from typing import BinaryIO
 
 from outboard.errors import KernelError
@@ -187,6 +189,7 @@ UFFDIO_POISON = _request("UFFDIO_POISON", 8, uffdio_continue)
 UFFDIO_RWPROTECT = _request("UFFDIO_RWPROTECT", 9, uffdio_writeprotect)
 UFFDIO_SET_MODE = _request("UFFDIO_SET_MODE", 10, uffdio_set_mode, 1)
 
+_FDINFO = re.compile(r"^API:\s+aa:([0-9a-f]+):", re.MULTILINE)
 _ioctl = libc.ioctl
 _ANSWERS = (-errno.EEXIST, -errno.EAGAIN, -errno.ENOENT)
 
@@ -296,6 +299,18 @@ class Userfaultfd:
         argument = uffdio_api(api=UFFD_API, features=features)
         UFFDIO_API(self._fd.value, argument)
         return Features(argument.features)
+
+    def enabled(self) -> Features:
+        """The features that :meth:`api` agreed on, whoever called it. Source: /proc/self/fdinfo.
+
+        :raise KernelError: EBADF: this is no userfaultfd.
+        """
+        text = Path(f"/proc/self/fdinfo/{self._fd.value}").read_text() if self._fd.value >= 0 else ""
+        match = _FDINFO.search(text)
+        if match is None:
+            raise KernelError(f"userfaultfd's line in fdinfo of descriptor {self._fd.value}", errno.EBADF)
+        # The kernel keeps a bit of its own there: that there was an agreement.
+        return Features(int(match[1], 16) & sum(Features))
 
     def register(self, start: int, length: int, mode: Mode) -> Ioctls:
         """Watch ``[start, start + length)`` of the address space; what can be asked of it.
