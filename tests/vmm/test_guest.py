@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from outboard.errors import KernelError
+from outboard.errors import KernelError, RefusedError
 from outboard.linux import proc
 from outboard.vmm.attach import attach
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import AnonymousMemory, Guest, Region
 from tests.support.machine import Machine
+from tests.support.process_guest import guest_of
 from tests.support.requirements import require
+from tests.support.target import Target
 
 HOLE = 524288
 """The page number at which the part above 4 GiB begins."""
@@ -95,3 +97,48 @@ def test_a_failed_read_names_the_pages() -> None:
             guest.memory.read_into(7, view(2))
         with pytest.raises(KernelError, match="write of 2 pages at page 7 of the guest's file: Bad file descriptor"):
             guest.memory.write(7, view(2))
+
+
+def test_anonymous_memory_is_read_and_written_and_never_touched_where_it_is_absent() -> None:
+    require("root")
+    with Target("anon", 1) as target, guest_of(target) as guest:
+        assert isinstance(guest.memory, AnonymousMemory)
+        assert target.ask("d 10 3") == "0"
+        assert target.ask("d 250 6") == "0"
+        back = view(256)
+        back[:] = b"\xff" * len(back)
+        guest.memory.read_into(0, back)
+        words = np.frombuffer(back, dtype=np.uint64)[::512]
+        absent = {10, 11, 12, *range(250, 256)}
+        assert words.tolist() == [0 if page in absent else page for page in range(256)]
+        assert {page for page in range(256) if page not in guest.memory.populated()} == absent
+        data = memoryview(os.urandom(2 * 4096))
+        guest.memory.write(12, data)
+        assert target.ask("r 12") == str(int.from_bytes(data[:8], "little"))
+        with pytest.raises(RefusedError, match="2 pages from page 3 on cannot be freed") as caught:
+            guest.memory.punch(3, 2)
+        assert caught.value.reason == "anonymous-memory"
+        for wrong in (guest.memory.read_into, guest.memory.write):
+            with pytest.raises(ValueError, match="not all the guest's"):
+                wrong(255, view(2))
+        with pytest.raises(ValueError, match="not all the guest's"):
+            guest.memory.punch(255, 2)
+        target.say("q")
+        target.ended()
+        with pytest.raises(KernelError):
+            guest.memory.read_into(0, view(1))
+
+
+def test_a_guest_that_grows_is_another_guest() -> None:
+    require("root")
+    with Target("memfd", 2) as target, guest_of(target) as whole:
+        (region,) = whole.regions
+        half = Region(0, 256, 0, region.hva, 0, 4096, "target", region.mapping)
+        rest = Region(256, 256, 1 << 20, region.hva + (1 << 20), 1 << 20, 4096, "target", region.mapping)
+        with Guest("target", target.pid, (half,)) as small, small.grown([rest]) as grown:
+            assert (small.pages, grown.pages, small.regions) == (256, 512, (half,))
+            one = view(1)
+            grown.memory.read_into(300, one)
+            assert int.from_bytes(one[:8], "little") == 300
+            with pytest.raises(ValueError, match="not all the guest's"):
+                small.memory.read_into(300, one)

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import KernelError, OutboardError
+from outboard.errors import KernelError, OutboardError, RefusedError
 from outboard.linux import fallocate, proc
+from outboard.linux.pagemap import Pagemap
 from outboard.linux.proc import Mapping
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.vmm.monitor import Monitor
+
+_HAS_CONTENT = np.uint64(0b11 << 62)
+"""Bits of a pagemap entry: in memory, or swapped out."""
+_ENTRIES = 1 << 18
+"""Entries of a pagemap to read at once: 2 MiB of them, for 1 GiB of pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,11 @@ class Region:
     memdev: str
     mapping: Mapping
 
+    @property
+    def has_file(self) -> bool:
+        """Whether what the guest writes there is in the file, and not in pages of the process's own."""
+        return self.mapping.shared and self.mapping.inode != 0
+
 
 @dataclass(frozen=True, slots=True)
 class VCpu:
@@ -58,10 +70,13 @@ class GuestMemory:
     Synchronization: reads and writes at a position (pread, pwrite): any thread, any forked process.
     """
 
+    _what = "the guest's file"
+
     def __init__(self, pid: int, regions: tuple[Region, ...]) -> None:
         self._regions = regions
-        files: dict[tuple[int, int], int] = {}
+        self._starts = [region.offset for region in regions]
         self._fds: list[int] = []
+        files: dict[tuple[int, int], int] = {}
         try:
             for region in regions:
                 key = (region.mapping.start, region.mapping.end)
@@ -78,16 +93,20 @@ class GuestMemory:
             os.close(fd)
         self._fds = []
 
+    def files(self) -> Iterator[tuple[Region, int]]:
+        """Each region with the descriptor that it is read by, which stays this object's."""
+        return zip(self._regions, self._fds, strict=True)
+
     def _pieces(self, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """Split a run at region edges: descriptor, byte offset in the file, first page, pages."""
+        """Split a run at region edges: descriptor, byte offset in it, first page, pages."""
         last = self._regions[-1]
         if first < 0 or first + count > last.first + last.pages:
             raise ValueError(f"pages {first} to {first + count} are not all the guest's")
-        for region, fd in zip(self._regions, self._fds, strict=True):
+        for region, start, fd in zip(self._regions, self._starts, self._fds, strict=True):
             low = max(first, region.first)
             high = min(first + count, region.first + region.pages)
             if low < high:
-                yield fd, region.offset + (low - region.first) * PAGE_SIZE, low, high - low
+                yield fd, start + (low - region.first) * PAGE_SIZE, low, high - low
 
     def read_into(self, first: int, buffer: memoryview) -> None:
         """Read whole pages from page ``first`` on; absent ones read as zeros.
@@ -97,7 +116,7 @@ class GuestMemory:
         for fd, offset, low, pages in self._pieces(first, len(buffer) // PAGE_SIZE):
             at = (low - first) * PAGE_SIZE
             part = buffer[at : at + pages * PAGE_SIZE]
-            self._whole(os.preadv, fd, part, offset, f"read of {pages} pages from page {low} of the guest's file")
+            self._whole(os.preadv, fd, part, offset, f"read of {pages} pages from page {low} of {self._what}")
 
     def write(self, first: int, data: memoryview) -> None:
         """Write whole pages from page ``first`` on.
@@ -107,7 +126,7 @@ class GuestMemory:
         for fd, offset, low, pages in self._pieces(first, len(data) // PAGE_SIZE):
             at = (low - first) * PAGE_SIZE
             part = data[at : at + pages * PAGE_SIZE]
-            self._whole(os.pwritev, fd, part, offset, f"write of {pages} pages at page {low} of the guest's file")
+            self._whole(os.pwritev, fd, part, offset, f"write of {pages} pages at page {low} of {self._what}")
 
     @staticmethod
     def _whole(
@@ -152,6 +171,79 @@ class GuestMemory:
         return found
 
 
+class AnonymousMemory(GuestMemory):
+    """The content of pages that no file holds, through /proc/PID/mem.
+
+    What the process itself has never touched is not touched here either: the kernel's page tables (/proc/PID/pagemap)
+    are asked first, and what they lack reads as zeros. While the memory is registered for missing pages, an absent one
+    cannot be written this way (EIO): UFFDIO_COPY places it.
+
+    Synchronization: as GuestMemory.
+    """
+
+    _what = "the process's memory"
+
+    def __init__(self, pid: int, regions: tuple[Region, ...]) -> None:
+        self._regions = regions
+        self._starts = [region.hva for region in regions]
+        self._pagemap = Pagemap(pid)
+        path = f"/proc/{pid}/mem"
+        try:
+            self._fds = [os.open(path, os.O_RDWR | os.O_CLOEXEC)] * len(regions)
+        except OSError as error:
+            self._pagemap.close()
+            raise KernelError(f"open of {path}", error.errno or errno.EIO) from error
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._pagemap.close()
+        super().close()
+
+    def _present(self, hva: int, pages: int) -> NDArray[np.bool_]:
+        entries = self._pagemap.entries(hva, pages)
+        found: NDArray[np.bool_] = (entries & _HAS_CONTENT) != 0
+        return found
+
+    def read_into(self, first: int, buffer: memoryview) -> None:
+        """Read whole pages from page ``first`` on; absent ones read as zeros.
+
+        :raise KernelError: the read failed, or the process has ended. :raise ValueError: there are no such pages.
+        """
+        for fd, hva, low, pages in self._pieces(first, len(buffer) // PAGE_SIZE):
+            present = self._present(hva, pages)
+            edges = [0, *(np.flatnonzero(np.diff(present)) + 1).tolist(), pages]
+            for begin, end in pairwise(edges):
+                at = (low - first + begin) * PAGE_SIZE
+                part = buffer[at : at + (end - begin) * PAGE_SIZE]
+                if present[begin]:
+                    what = f"read of {end - begin} pages from page {low + begin} of {self._what}"
+                    self._whole(os.preadv, fd, part, hva + begin * PAGE_SIZE, what)
+                else:
+                    part[:] = bytes(len(part))
+
+    def punch(self, first: int, count: int) -> None:
+        """Not possible from outside.
+
+        :raise RefusedError: ``anonymous-memory``. :raise ValueError: there are no such pages.
+        """
+        for _ in self._pieces(first, count):
+            raise RefusedError(
+                "anonymous-memory",
+                f"{count} pages from page {first} on cannot be freed: anonymous memory has no file to punch a hole in; "
+                "only its process can give it back (madvise MADV_DONTNEED, as a balloon does)",
+            )
+
+    def populated(self) -> PageSet:
+        """The pages that have memory, or are swapped out; all others read as zeros. Source: pagemap.rst."""
+        last = self._regions[-1]
+        mask: NDArray[np.bool_] = np.zeros(last.first + last.pages, dtype=np.bool_)
+        for _, hva, low, pages in self._pieces(0, mask.size):
+            for begin in range(0, pages, _ENTRIES):
+                count = min(_ENTRIES, pages - begin)
+                mask[low + begin : low + begin + count] = self._present(hva + begin * PAGE_SIZE, count)
+        return PageSet.from_mask(mask)
+
+
 class Guest:
     """An attached VM, or any process whose memory is managed like one: its memory, and who runs in it.
 
@@ -166,7 +258,17 @@ class Guest:
         self.regions = regions
         self.vcpus = vcpus
         self.pages = regions[-1].first + regions[-1].pages
-        self.memory = GuestMemory(pid, regions)
+        # One region without a file is enough: /proc/PID/mem reads the others too.
+        kind = GuestMemory if all(region.has_file for region in regions) else AnonymousMemory
+        self.memory = kind(pid, regions)
+
+    def grown(self, more: Iterable[Region]) -> Guest:
+        """The same guest with more memory, as an object of its own; this one stays as it is.
+
+        :param more: its pages numbered after those present, whatever its address.
+        :raise KernelError: the process has ended.
+        """
+        return Guest(self.name, self.pid, (*self.regions, *more), self.vcpus)
 
     def close(self) -> None:
         """Let go. Idempotent."""
