@@ -9,6 +9,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 _HERE = Path(__file__).parent
 
@@ -68,7 +69,7 @@ class Target:
         """The address of a page."""
         return self.start + page * 4096
 
-    def __enter__(self) -> Target:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
