@@ -1,5 +1,5 @@
 // What a VMM does that hands its userfaultfd over, for the tests. vmm_client KIND MIB THREADS: maps a region (memfd,
-// anon), leaves it untouched, prints "ready ADDRESS BYTES", then obeys lines on standard input:
+// anon, huge, hugememfd), leaves it untouched, prints "ready ADDRESS BYTES", then obeys lines on standard input:
 //   u MODE FEATURES  make a userfaultfd, agree on the features ("-": do not), register all regions
 //   m MIB            map one more region of the same kind, registered if there is a userfaultfd; print its address
 //   c PATH           connect to a unix socket
@@ -51,14 +51,17 @@ static int watch(int index) {
 
 static int map(size_t bytes) {
     int fd = -1, flags = MAP_PRIVATE | MAP_ANONYMOUS;
-    if (!strcmp(kind, "memfd")) {
-        fd = memfd_create("guest", MFD_CLOEXEC);
+    size_t unit = strncmp(kind, "huge", 4) ? 4096 : 2 << 20;
+    if (!strcmp(kind, "huge")) flags |= MAP_HUGETLB;
+    if (strstr(kind, "memfd")) {
+        fd = memfd_create("guest", MFD_CLOEXEC | (unit > 4096 ? MFD_HUGETLB : 0));
         if (fd < 0 || ftruncate(fd, bytes)) return -1;
         flags = MAP_SHARED;
     }
     // A gap on either side, so that the kernel joins no two of them.
-    uint8_t *room = mmap(NULL, bytes + 8192, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    uint8_t *start = mmap(room + 4096, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0);
+    uint8_t *room = mmap(NULL, bytes + 3 * unit, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    room += unit - (uintptr_t)room % unit;
+    uint8_t *start = mmap(room, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0);
     if (start == MAP_FAILED) return -1;
     regions[region_count].start = start;
     regions[region_count++].bytes = bytes;

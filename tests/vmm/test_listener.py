@@ -17,6 +17,7 @@ import pytest
 from outboard.errors import KernelError, PeerError, RefusedError
 from outboard.linux.userfaultfd import Event, EventKind, Features, Mode
 from outboard.vmm.attachment import Attachment
+from outboard.vmm.cloud_hypervisor import CloudHypervisor
 from outboard.vmm.firecracker import Firecracker
 from outboard.vmm.guest import AnonymousMemory, Guest
 from outboard.vmm.handoff import MAX_BODY
@@ -70,14 +71,15 @@ class Server:
         self._uffd = attachment.uffd
         self._guest: Callable[[], Guest] = lambda: attachment.guest
         self._base = base
+        self._unit = attachment.guest.regions[0].page_size
         self._stopping = False
         self.served = 0
         self.events: list[Event] = []
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        with mmap.mmap(-1, 4096) as page:
-            word = ctypes.c_uint64.from_buffer(page)
+        with mmap.mmap(-1, self._unit) as page:
+            words = (ctypes.c_uint64 * (self._unit // 8)).from_buffer(page)
             while not self._stopping:
                 if not select.select([self._uffd], [], [], 0.02)[0]:
                     continue
@@ -85,10 +87,13 @@ class Server:
                     if isinstance(message, Event):
                         self.events.append(message)
                         continue
-                    word.value = self._base + page_at(self._guest(), message.address)
-                    self._uffd.copy(message.address & ~4095, ctypes.addressof(word), 4096)
+                    address = message.address - message.address % self._unit
+                    first = page_at(self._guest(), address)
+                    for index in range(self._unit // 4096):
+                        words[index * 512] = self._base + first + index
+                    self._uffd.copy(address, ctypes.addressof(words), self._unit)
                     self.served += 1
-            del word
+            del words
 
     def __enter__(self) -> Server:
         self._thread.start()
@@ -209,6 +214,38 @@ def test_private_memory_of_cloud_hypervisor(path: Path, listener: Listener) -> N
             assert first_word(attachment.guest, 7) == 1007
 
 
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Eight more of 2 MiB than there were."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = pool.read_text()
+    pool.write_text(str(int(before) + 8))
+    yield
+    pool.write_text(before)
+
+
+@pytest.mark.usefixtures("huge_pages")
+@pytest.mark.parametrize("kind", ["hugememfd", "huge"])
+def test_large_pages(path: Path, kind: str) -> None:
+    with (
+        VmmClient(kind, 8) as client,
+        Listener(path, CloudHypervisor if kind == "hugememfd" else Firecracker) as listener,
+    ):
+        client.register(Mode.MISSING, Features.MISSING_HUGETLBFS | Features.EVENT_REMOVE)
+        client.connect(path)
+        told = json.dumps(client.snapshot_regions(page_size=2 << 20)).encode()
+        client.send(framed(client.handoff()) if kind == "hugememfd" else told, "u")
+        with accept(listener) as attachment, Server(attachment) as server:
+            guest = attachment.guest
+            assert guest.regions[0].page_size == 2 << 20
+            assert client.ask("r 515") == "1515"
+            assert server.served == 1
+            # hugetlbfs knows no holes (lseek SEEK_DATA).
+            assert guest.memory.populated().runs().tolist() == [[512, 512] if kind == "huge" else [0, 2048]]
+            assert [first_word(guest, page) for page in (0, 600)] == [0, 1600]
+            assert client.touch() == touched(2048)
+
+
 def test_an_answer_that_comes_too_late(client: VmmClient, listener: Listener, path: Path) -> None:
     client.hand_over(path)
     with accept(listener) as attachment:
@@ -268,9 +305,12 @@ def test_firecracker_from_the_handoff_to_the_balloon(path: Path) -> None:
             client.ask("w 1030 5")
             assert [first_word(guest, page) for page in (1023, 1024, 1030)] == [2023, 2024, 5]
             assert client.ask("d 1024 4") == "0"
+            # Served behind the event, so that has been noted by now.
+            assert client.ask("r 1024") == "2024"
             (removed,) = server.events
             assert removed.kind is EventKind.REMOVE
-            assert len(guest.memory.populated()) == 1532
+            assert (removed.first, removed.second) == (client.regions[1][0], client.regions[1][0] + 4 * 4096)
+            assert len(guest.memory.populated()) == 1533
             with pytest.raises(RefusedError, match="no file to punch a hole in") as caught:
                 guest.memory.punch(3, 1)
             assert caught.value.reason == "anonymous-memory"
@@ -323,7 +363,7 @@ HOSTILE: dict[str, tuple[Callable[[VmmClient], bytes], str, str]] = {
     "at another offset": (
         lambda client: region_with(client, size=4096, backing_file_offset=4096),
         "u",
-        "at 0x1000 of /memfd:guest .*the kernel has it at 0x0",
+        "at 0x1000 of '/memfd:guest .*the kernel has it at 0x0",
     ),
 }
 
@@ -391,6 +431,20 @@ def test_one_that_says_nothing_keeps_nobody_waiting(client: VmmClient, listener:
             f"Cloud Hypervisor, process {slow.pid}, connected and said half of its handoff within 0.3 s",
         ]
         assert [silent.answer_within(2000), slow.answer_within(2000)] == ["closed", "closed"]
+
+
+def test_one_reader_at_a_time(client: VmmClient, listener: Listener, path: Path) -> None:
+    client.hand_over(path)
+    with accept(listener) as attachment:
+        client.ask("x")
+        assert attachment.receive() is None
+        client.hand_over(path)
+        with pytest.raises(PeerError, match="close that attachment first"):
+            listener.accept(10)
+        assert client.answer_within(2000) == "closed"
+        client.ask("x")
+    client.hand_over(path)
+    accept(listener).close()
 
 
 def test_one_that_comes_in_pieces(client: VmmClient, listener: Listener, path: Path) -> None:

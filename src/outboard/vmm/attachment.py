@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from outboard.errors import KernelError, PeerError
 from outboard.linux import pidfd, proc
 from outboard.linux.userfaultfd import Features, Userfaultfd
 from outboard.pages import PAGE_SIZE
-from outboard.vmm import claims
+from outboard.vmm import claims, sockets
 from outboard.vmm.guest import Guest, Region
 from outboard.vmm.handoff import Claim, Conversation, Handoff
 
@@ -108,6 +107,11 @@ class Attachment:
         """Whether the VMM runs; it may, also when the connection has ended."""
         return not pidfd.wait(self._pidfd, 0)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has been let go."""
+        return self.uffd.fileno() < 0
+
     def acknowledge(self) -> None:
         """Tell the VMM that faults are served from now on, within 2 s of what it said. Idempotent.
 
@@ -132,14 +136,14 @@ class Attachment:
 
         :param timeout: seconds.
         :raise PeerError: what came is not what the VMM may say, or nothing whole came in time. The connection has
-            ended then, and the VMM takes us for gone; what was handed over before stays in use.
+            ended then, and the VMM takes us for gone; what was handed over before can be served on until :meth:`close`.
         """
         until = self._clock() + timeout
         kept: list[int] = []
         try:
             while self._socket.fileno() >= 0:
                 left = until - self._clock()
-                if left <= 0 or not select.select([self._socket], [], [], left)[0]:
+                if left <= 0 or not sockets.readable([self._socket], left):
                     raise PeerError(f"{self._who} sent no whole message within {timeout:g} s")
                 claim = receive(self._socket, self._conversation, kept)
                 if isinstance(claim, Claim):

@@ -59,7 +59,7 @@ def page_size_in(pid: int) -> Callable[[Mapping], int]:
         fd = proc.open_mapping(pid, mapping, os.O_PATH)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise PeerError(f"process {pid} maps {mapping.path} as guest memory, which is no plain file")
+                raise PeerError(f"process {pid} maps {mapping.path!r} as guest memory, which is no plain file")
             kind = statfs.of(fd)
         finally:
             os.close(fd)
@@ -91,11 +91,11 @@ def _holding(claim: Claim, mappings: list[Mapping]) -> Mapping:
         if piece.shared != held.shared or _place(piece) != _place(held):
             raise PeerError(f"{_words(claim)} is pieces of more than one file")
         if shared and "w" not in piece.permissions:
-            raise PeerError(f"{_words(claim)} is in {piece.path}, which the VMM has not mapped for writing")
+            raise PeerError(f"{_words(claim)} is in {piece.path!r}, which the VMM has not mapped for writing")
     offset = held.offset + claim.hva - held.start
     if shared and claim.offset != offset:
         raise PeerError(
-            f"{_words(claim)} is said to be at {claim.offset:#x} of {held.path}; the kernel has it at {offset:#x}"
+            f"{_words(claim)} is said to be at {claim.offset:#x} of {held.path!r}; the kernel has it at {offset:#x}"
         )
     return held
 

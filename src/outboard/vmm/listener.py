@@ -1,15 +1,15 @@
-"""Where VMMs that make their own userfaultfd connect, and hand it over.
+"""Where a VMM that makes its own userfaultfd connects, and hands it over.
 
-One listener is for one VM: whoever is let at its socket (mode 0660) can offer a guest. Who connects and says nothing,
-or half of something, is dropped after two seconds, the time that Cloud Hypervisor itself waits, and keeps nobody else
-from being heard meanwhile.
+One listener is for one VM: whoever is let at its socket (mode 0660) can offer a guest, one at a time. Who connects and
+says nothing, or half of something, is dropped after two seconds, the time that Cloud Hypervisor itself waits, and keeps
+nobody else from being heard meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import select
 import socket
 import stat
 import time
@@ -94,6 +94,7 @@ class Listener:
         self._socket = sockets.listen(path)
         self._inode = path.stat(follow_symlinks=False).st_ino
         self._newcomers: list[_Newcomer] = []
+        self._current: Attachment | None = None
         self._attached = self._dropped = 0
 
     def accept(self, timeout: float) -> Attachment | None:
@@ -101,15 +102,16 @@ class Listener:
 
         The caller serves its faults, and then acknowledges.
 
-        :raise PeerError: one that connected was dropped, and why. The listener goes on: call again.
-        :raise KernelError: we are not allowed to look at the VMM.
+        :raise PeerError: one that connected was dropped, and why; also one that hands over while an earlier attachment
+            is not closed. The listener goes on: call again.
+        :raise KernelError: we are not allowed to look at the VMM, or have no descriptor left.
         """
         until = self._clock() + timeout
         while True:
             left = min([until, *(newcomer.until for newcomer in self._newcomers)]) - self._clock()
             hearing = [self._socket] if len(self._newcomers) < _MOST else []
             waiting = [newcomer.socket for newcomer in self._newcomers]
-            ready = select.select([*hearing, *waiting], [], [], max(left, 0.0))[0]
+            ready = sockets.readable([*hearing, *waiting], left)
             if self._socket in ready:
                 self._let_in()
             for newcomer in [one for one in self._newcomers if one.socket in ready]:
@@ -154,6 +156,8 @@ class Listener:
             connected, _ = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
+        except OSError as error:
+            raise KernelError(f"accept at {self.path}", error.errno or errno.EIO) from error
         try:
             self._newcomers.append(_Newcomer(connected, self._dialect(), self._clock() + self._patience))
         except PeerError:
@@ -175,9 +179,15 @@ class Listener:
         (uffd,) = newcomer.descriptors
         peer = (newcomer.pid, newcomer.pidfd)
         try:
+            if self._current is not None and not self._current.closed:
+                raise PeerError(
+                    f"{self._dialect.who}, process {newcomer.pid}, hands over while process {self._current.pid} is "
+                    "served here: close that attachment first, two would take each other's faults"
+                )
             made = Attachment(newcomer.socket, newcomer.conversation, peer, handoff, uffd, self._name, self._clock)
         except OutboardError as error:
             raise self._drop(newcomer, error) from error.__cause__
         self._newcomers.remove(newcomer)
         self._attached += 1
+        self._current = made
         return made

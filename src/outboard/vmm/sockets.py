@@ -7,10 +7,13 @@ VM's socket, and what a socket says is believed of the process behind it only.
 from __future__ import annotations
 
 import errno
+import math
 import os
+import select
 import socket
 import stat
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 from outboard.errors import KernelError, RefusedError, UnreachableError
@@ -109,6 +112,16 @@ def _set_mode(name: str, directory: int, mode: int) -> None:
             os.chmod(f"/proc/self/fd/{fd}", mode)  # noqa: PTH101  # the man page's name for it
     finally:
         os.close(fd)
+
+
+def readable(which: Iterable[socket.socket], timeout: float) -> list[socket.socket]:
+    """Those that have something to read, or have ended; waits ``timeout`` seconds for the first of them."""
+    sockets = {one.fileno(): one for one in which}
+    poll = select.poll()
+    for fd in sockets:
+        poll.register(fd, select.POLLIN)
+    # poll(2) counts in milliseconds: round up, or the last of them would be spent in a loop.
+    return [sockets[fd] for fd, _ in poll.poll(math.ceil(max(timeout, 0.0) * 1000))]
 
 
 def peer_pidfd(connected: socket.socket) -> int:
