@@ -91,8 +91,8 @@ class Server:
                     first = page_at(self._guest(), address)
                     for index in range(self._unit // 4096):
                         words[index * 512] = self._base + first + index
-                    self._uffd.copy(address, ctypes.addressof(words), self._unit)
                     self.served += 1
+                    self._uffd.copy(address, ctypes.addressof(words), self._unit)
             del words
 
     def __enter__(self) -> Server:
