@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from outboard.errors import PeerError
 from outboard.linux import proc
 from outboard.linux.proc import Mapping
 from outboard.vmm import claims
-from outboard.vmm.guest import Region
+from outboard.vmm.guest import Guest, Region
 from outboard.vmm.handoff import Claim
 from tests.support.process_guest import guest_of
 from tests.support.requirements import require
@@ -141,3 +142,20 @@ def test_a_file_that_was_exchanged_meanwhile_is_seen(tmp_path: Path) -> None:
         os.close(other)
         with pytest.raises(PeerError, match="mapped another file"):
             claims.check_files(guest.memory)
+
+
+def test_the_same_inode_of_another_file_system_is_another_file() -> None:
+    require("root")
+    with Target("memfd", 1) as target, guest_of(target) as guest:
+        (region,) = guest.regions
+        elsewhere = replace(region, mapping=replace(region.mapping, device="fd:01"))
+        with Guest("target", target.pid, (elsewhere,)) as other, pytest.raises(PeerError, match="mapped another file"):
+            claims.check_files(other.memory)
+
+
+def test_more_regions_than_any_vmm_has() -> None:
+    mappings = [shared(LOW, 64 * MIB)]
+    most = [Claim(at << 20, LOW + (at << 20), 4096, at << 20, 0) for at in range(claims.MAX_REGIONS)]
+    before = regions_of(most, mappings)
+    with pytest.raises(PeerError, match="65 regions"):
+        regions_of([Claim(1 << 40, LOW + 8192, 4096, 8192, 0)], mappings, before)

@@ -469,6 +469,15 @@ def test_one_that_dies_in_the_middle(client: VmmClient, listener: Listener, path
     assert listener.accept(0.01) is None
 
 
+def test_one_that_dies_when_it_has_said_all(client: VmmClient, listener: Listener, path: Path) -> None:
+    client.hand_over(path)
+    client.say("q")
+    client.ended()
+    with pytest.raises(PeerError, match=r"is gone, or changes|ended when it had connected"):
+        listener.accept(10)
+    assert listener.accept(0.01) is None
+
+
 def test_nobody_comes(listener: Listener) -> None:
     assert listener.accept(0.0) is None
     assert listener.accept(0.01) is None

@@ -19,6 +19,9 @@ from outboard.pages import PAGE_SIZE
 from outboard.vmm.guest import GuestMemory, Region
 from outboard.vmm.handoff import Claim
 
+MAX_REGIONS = 64
+"""Each may cost a descriptor for as long as the guest is attached. A VMM has a handful."""
+
 
 def regions_of(
     claims: Iterable[Claim],
@@ -42,6 +45,8 @@ def regions_of(
         memdev = mapping.path or "anonymous"
         made.append(Region(first, claim.size // PAGE_SIZE, claim.gpa, claim.hva, claim.offset, unit, memdev, mapping))
         first += claim.size // PAGE_SIZE
+    if len(after) + len(made) > MAX_REGIONS:
+        raise PeerError(f"the VMM tells of {len(after) + len(made)} regions of memory; {MAX_REGIONS} is the most")
     _apart([*after, *made])
     return tuple(made)
 
@@ -74,7 +79,10 @@ def check_files(memory: GuestMemory) -> None:
     :raise PeerError: the VMM has mapped another in between.
     """
     for region, fd in memory.files():
-        if region.has_file and os.fstat(fd).st_ino != region.mapping.inode:
+        found = os.fstat(fd)
+        # With the device: inode numbers of a memfd can be had for the asking.
+        device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+        if region.has_file and (device, found.st_ino) != (region.mapping.device, region.mapping.inode):
             raise PeerError(f"the VMM mapped another file at {region.hva:#x} while its memory was looked at")
 
 

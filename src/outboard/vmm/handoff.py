@@ -15,7 +15,7 @@ from outboard.errors import PeerError
 from outboard.linux.userfaultfd import Features, Mode
 
 MAX_BODY = 64 << 10
-"""Bytes of JSON: room for some 400 regions, where a VMM has a handful."""
+"""Bytes of JSON: a VMM has a handful of regions, of some 130 bytes each."""
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 57)]
 """An address or a size: user space with five-level page tables ends at 1 << 56."""
 T = TypeVar("T")

@@ -118,7 +118,7 @@ class Listener:
                 try:
                     handoff = newcomer.advance()
                 except PeerError as error:
-                    raise self._drop(newcomer, error) from None
+                    raise self._drop(newcomer, error) from error.__cause__
                 if handoff is not None:
                     return self._attach(newcomer, handoff)
             for newcomer in self._newcomers:
