@@ -1,211 +1,304 @@
-"""Placing pages and serving faults, in a process whose memory is absent at first."""
+"""Pages of a live process that go to stores and come back, by a fault, ahead of one, or to a successor."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import socket
-import threading
-from collections.abc import Iterator
+import dataclasses
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from outboard.linux import proc
-from outboard.pager.faults import FaultCounters, FaultServer
+from outboard.errors import DamagedPageError, KernelError, RefusedError, StoreFullError
+from outboard.linux import proc, ptrace
+from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
 from outboard.pager.pager import Pager
+from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
-from outboard.pages.residency import Where
-from outboard.stores.peer import PeerStore
-from outboard.wire.channel import Channel
-from outboard.wire.frames import Kind
+from outboard.pages.residency import Residency, Where
+from outboard.stores.file import FileStore
+from outboard.vmm.guest import Guest
 from tests.support.process_guest import guest_of
+from tests.support.requirements import require
 from tests.support.target import Target
 
-
-def word(number: int) -> bytearray:
-    """A page that begins with a word."""
-    return bytearray(number.to_bytes(8, "little") + bytes(4088))
-
-
-def place(pager: Pager, first: int, content: bytearray) -> None:
-    view = memoryview(content)
-    pager.place(first, view, ctypes.addressof(ctypes.c_char.from_buffer(content)))
+MIB = 4
+PAGES = MIB << 8
+SUM = PAGES * (PAGES - 1) // 2
+"""What the target finds when it adds up its pages, each of which holds its number."""
 
 
 class Scene:
-    """A target, its pager, and a peer that answers requests with 1000 + the page's number."""
+    """A target under a pager, with a pool on tmpfs and a swap file on a disk."""
 
-    def __init__(self) -> None:
-        self.target = Target(mebibytes=4)
+    def __init__(self, directory: Path, shm: Path, room: int = PAGES) -> None:
+        self.target = Target(mebibytes=MIB)
         self.guest = guest_of(self.target)
-        self.pager = Pager(self.guest)
-        ours, theirs = socket.socketpair()
-        self._theirs = Channel(theirs, "peer", self.target.pages)
-        self._link, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.counters = FaultCounters()
-        self.asked: list[int] = []
-        self.silent: set[int] = set()
-        server = FaultServer(self.pager, PeerStore(Channel(ours, "source", self.target.pages)), self.counters, link)
-        self._server = threading.Thread(target=server.serve)
-        self._server.start()
-        self._ours, self._far_link = ours, link
-        self._peer = threading.Thread(target=self._answer)
-        self._peer.start()
+        self.journal = shm
+        self.stores = {Where.POOL: FileStore(shm / "pool", room), Where.FILE: FileStore(directory / "swap", room)}
+        self.pager = self.engage()
 
-    def _answer(self) -> None:
-        while True:
-            frame = self._theirs.receive()
-            if frame.kind is not Kind.REQUEST:
-                return
-            for page in self._theirs.requested(frame):
-                self.asked.append(page)
-                if page not in self.silent:
-                    zero = np.array([page % 10 == 9])
-                    content = b"" if zero[0] else bytes(word(1000 + page))
-                    self._theirs.send_pages([(page, 1)], zero, memoryview(content))
-
-    def tell(self, command: bytes) -> None:
-        self._link.send(command)
+    def engage(self) -> Pager:
+        """A pager over what the journal says: the first one, or a successor."""
+        return Pager(self.guest, Residency(PAGES, self.journal), self.stores)
 
     def close(self) -> None:
-        self.tell(b"stop")
-        self._server.join()
-        Channel(self._ours, "source").send_message(b"end")
-        self._peer.join()
-        for one in (self._ours, self._theirs, self._link, self._far_link):
-            one.close()
         self.target.__exit__(None, None, None)
-        self.pager.release()
-        self.guest.memory.close()
+        self.pager.close()
+        self.guest.close()
+        for store in self.stores.values():
+            store.close()
 
 
 @pytest.fixture
-def scene() -> Iterator[Scene]:
-    made = Scene()
+def shm() -> Iterator[Path]:
+    import shutil
+    import tempfile
+
+    made = Path(tempfile.mkdtemp(dir="/dev/shm"))
     yield made
-    made.close()
+    shutil.rmtree(made)
 
 
-def test_a_fault_is_answered_by_the_peer(scene: Scene) -> None:
-    scene.tell(b"open")
-    assert scene.target.ask("r 7") == "1007"
-    assert scene.target.ask("r 7") == "1007"
-    assert scene.target.ask("r 19") == "0"
-    assert scene.asked == [7, 19]
-    while scene.counters.statistics().remote < 2:
-        os.sched_yield()
-    assert scene.counters.statistics().latencies.count == 2
-    assert scene.pager.residency.where[7] == Where.RESIDENT
+@pytest.fixture
+def make(tmp_path: Path, shm: Path) -> Iterator[Callable[..., Scene]]:
+    require("root")
+    made: list[Scene] = []
+
+    def scene(room: int = PAGES) -> Scene:
+        made.append(Scene(tmp_path, shm, room))
+        return made[-1]
+
+    yield scene
+    for one in made:
+        one.close()
 
 
-def test_requests_are_held_until_the_peer_is_final(scene: Scene) -> None:
-    scene.target.say("r 7")
-    place(scene.pager, 8, word(8))
-    assert scene.asked == []
-    scene.tell(b"open")
-    assert scene.target.answer() == "1007"
+@pytest.fixture
+def scene(make: Callable[..., Scene]) -> Scene:
+    return make()
 
 
-def test_what_was_placed_before_takes_no_fault(scene: Scene) -> None:
-    place(scene.pager, 20, word(1) + word(2) + word(3))
-    scene.tell(b"open")
-    assert [scene.target.ask(f"r {page}") for page in (20, 21, 22)] == ["1", "2", "3"]
-    assert scene.asked == []
-    assert scene.counters.statistics().remote == 0
+def some(*runs: tuple[int, int]) -> PageSet:
+    return PageSet.from_runs(PAGES, np.array(runs, dtype=np.int64))
 
 
-def test_before_the_guest_runs_the_later_content_stands(scene: Scene) -> None:
-    place(scene.pager, 5, word(1))
-    place(scene.pager, 4, word(2) + word(3) + word(4))
-    assert [scene.target.ask(f"r {page}") for page in (4, 5, 6)] == ["2", "3", "4"]
+ALL = PageSet.full(PAGES)
 
 
-def test_once_it_runs_what_is_present_stands(scene: Scene) -> None:
-    place(scene.pager, 5, word(1))
-    scene.pager.run()
-    assert scene.target.ask("w 5 77") == "written"
-    place(scene.pager, 4, word(2) + word(3) + word(4))
-    assert [scene.target.ask(f"r {page}") for page in (4, 5, 6)] == ["2", "77", "4"]
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
-def test_known_zeros_cost_neither_a_request_nor_memory(scene: Scene) -> None:
-    scene.tell(b"open")
-    scene.pager.note_zeros(30, 10)
+@pytest.mark.parametrize("to", [Where.POOL, Where.FILE])
+def test_what_is_evicted_comes_back_by_a_fault(scene: Scene, to: Where) -> None:
+    assert scene.pager.evict(ALL, to) == PAGES
+    # Page 0 holds the number 0: a page of zeros goes nowhere.
+    assert scene.pager.residency.count(to) == PAGES - 1
+    assert scene.pager.residency.count(Where.ZERO) == 1
     assert len(scene.guest.memory.populated()) == 0
-    assert scene.target.ask("r 33") == "0"
-    assert scene.asked == []
-    while not scene.counters.statistics().zero:
-        os.sched_yield()
-    assert len(scene.guest.memory.populated()) == 1
+    assert scene.target.ask("r 7") == "7"
+    assert scene.target.ask("w 8 88") == "written"
+    assert len(scene.guest.memory.populated()) == 2
+    assert scene.target.ask("t").split()[1] == str(SUM + 80)
+    statistics = scene.pager.statistics()
+    assert (statistics.resident, statistics.evicted, statistics.zeros) == (PAGES, PAGES, 1)
+    assert statistics.faults.zero == 1
+    assert (statistics.faults.pool, statistics.faults.file) == ((PAGES - 1, 0) if to is Where.POOL else (0, PAGES - 1))
+    assert statistics.faults.latencies.count >= PAGES
+    assert scene.stores[to].statistics().used == 0
+    assert scene.pager.failure is None
 
 
-def test_a_page_that_turns_out_zero_while_it_is_waited_for(scene: Scene) -> None:
-    scene.tell(b"open")
-    scene.silent.add(40)
-    scene.target.say("r 40")
-    while not scene.asked:
-        os.sched_yield()
-    scene.pager.run()
-    scene.pager.note_zeros(40, 1)
-    assert scene.target.answer() == "0"
+def test_what_is_fetched_takes_no_fault(scene: Scene) -> None:
+    scene.pager.evict(some((0, 100), (300, 50)), Where.POOL)
+    scene.pager.evict(some((200, 50)), Where.FILE)
+    assert scene.pager.fetch(ALL) == 199
+    assert scene.pager.fetch(ALL) == 0
+    assert scene.target.ask("t").split()[1] == str(SUM)
+    assert scene.pager.statistics().faults.pool == 0
+    assert scene.pager.statistics().fetched == 199
 
 
-def test_the_bulk_brings_a_page_that_is_waited_for(scene: Scene) -> None:
-    scene.tell(b"open")
-    scene.silent.add(40)
-    scene.target.say("r 40")
-    while not scene.asked:
-        os.sched_yield()
-    scene.pager.run()
-    assert scene.pager.waiting[40]
-    place(scene.pager, 40, word(4))
-    assert scene.target.answer() == "4"
-    scene.tell((40).to_bytes(8, "little"))
-    while not scene.counters.statistics().remote:
-        os.sched_yield()
+def test_evicting_what_is_away_or_nothing_is_nothing(scene: Scene) -> None:
+    scene.pager.evict(some((0, 10)), Where.POOL)
+    assert scene.pager.evict(some((0, 10)), Where.FILE) == 0
+    assert scene.pager.evict(PageSet(PAGES), Where.FILE) == 0
 
 
-def test_a_set_of_zeros_leaves_what_is_present(scene: Scene) -> None:
-    place(scene.pager, 5, word(1))
-    scene.pager.note_zero_set(PageSet.full(scene.target.pages))
-    assert scene.pager.residency.count(Where.PEER) == 0
-    assert scene.target.ask("r 5") == "1"
-    assert scene.target.ask("r 6") == "0"
+@pytest.mark.parametrize("to", [Where.POOL, Where.FILE])
+def test_no_update_of_a_writer_is_lost(scene: Scene, to: Where) -> None:
+    scene.target.ask("g")
+    chance = random.Random(5)
+    until = time.monotonic() + 1.5
+    went = came = 0
+    while time.monotonic() < until:
+        first = chance.randrange(PAGES - 64)
+        went += scene.pager.evict(some((first, chance.randrange(1, 64))), to)
+        if chance.random() < 0.2:
+            came += scene.pager.fetch(some((first, 32)))
+    bad, _, _ = scene.target.ask("s").partition(" of ")
+    assert bad == "bad 0"
+    assert went > 1000
+    assert came > 10
+    assert scene.pager.failure is None
 
 
-def test_forgotten_pages_are_absent_again(scene: Scene) -> None:
-    place(scene.pager, 5, word(1) + word(2))
-    scene.pager.forget(PageSet.from_runs(scene.target.pages, np.array([[6, 1]])))
-    scene.tell(b"open")
-    assert scene.target.ask("r 5") == "1"
-    assert scene.target.ask("r 6") == "1006"
-    scene.pager.run()
-    with pytest.raises(ValueError, match="truth"):
-        scene.pager.forget(PageSet(scene.target.pages))
+def test_after_populating_nothing_faults(scene: Scene) -> None:
+    scene.pager.evict(some((0, 500)), Where.POOL)
+    scene.pager.populate(ALL)
+    _, total, faults = scene.target.ask("t").split()
+    # Page 0 was all zeros, and is entered when it is touched.
+    assert (int(total), int(faults)) == (SUM, 1)
 
 
-def test_zeros_replace_content_before_the_guest_runs(scene: Scene) -> None:
-    place(scene.pager, 5, word(1))
-    scene.pager.note_zeros(5, 1)
-    assert scene.target.ask("r 5") == "0"
+def test_a_full_store_leaves_the_guest_as_it_was(make: Callable[..., Scene]) -> None:
+    scene = make(room=100)
+    scene.target.ask("g")
+    with pytest.raises(StoreFullError, match="room for 100 pages"):
+        scene.pager.evict(ALL, Where.FILE)
+    assert scene.target.ask("s").startswith("bad 0 of")
+    assert scene.pager.evict(some((1, 50)), Where.FILE) == 50
 
 
-def test_released_memory_is_the_processes_own() -> None:
-    with Target(mebibytes=1) as target:
-        guest = guest_of(target)
-        before = set(proc.descriptors(target.pid))
-        pager = Pager(guest)
-        place(pager, 0, word(3))
-        assert len(set(proc.descriptors(target.pid)) - before) == 1
-        pager.release()
-        assert set(proc.descriptors(target.pid)) == before
-        assert target.ask("r 0") == "3"
-        assert target.ask("r 1") == "0"
-        guest.memory.close()
+def spoil(scene: Scene, page: int) -> None:
+    slot = int(scene.pager.residency.locator[page])
+    with scene.stores[Where.FILE].path.open("r+b") as file:
+        file.seek(slot * PAGE_SIZE + 5)
+        file.write(b"\xff")
 
 
-def test_while_nobody_serves_a_fault_waits_and_a_successor_answers_it(scene: Scene) -> None:
+def test_a_damaged_page_is_a_memory_error_and_never_zeros(scene: Scene) -> None:
+    scene.pager.evict(ALL, Where.FILE)
+    spoil(scene, 9)
+    assert scene.target.ask("r 8") == "8"
+    scene.target.say("r 9")
+    assert scene.target.ended() == -signal.SIGBUS
+    wait_for(lambda: isinstance(scene.pager.failure, DamagedPageError))
+    assert "page 9 is not what was put" in str(scene.pager.failure)
+    assert scene.pager.statistics().faults.damaged == 1
+
+
+def test_fetching_brings_all_but_the_damaged(scene: Scene) -> None:
+    scene.pager.evict(ALL, Where.FILE)
+    spoil(scene, 9)
+    with pytest.raises(DamagedPageError, match="1 of 256 pages"):
+        scene.pager.fetch(ALL)
+    assert scene.pager.residency.pages_at(Where.FILE) == some((9, 1))
+    with pytest.raises(DamagedPageError):
+        scene.pager.release()
+    assert scene.target.ask("r 10") == "10"
+
+
+def test_a_successor_serves_what_has_waited(scene: Scene) -> None:
+    scene.pager.evict(ALL, Where.POOL)
+    scene.pager.close()
     scene.target.say("r 50")
-    scene.tell(b"open")
-    assert scene.target.answer() == "1050"
+    assert scene.target.waits()
+    scene.pager = scene.engage()
+    assert scene.target.answer() == "50"
+    assert scene.target.ask("t").split()[1] == str(SUM)
+
+
+def test_released_memory_is_whole_and_the_processes_own(scene: Scene) -> None:
+    scene.pager.evict(ALL, Where.POOL)
+    assert any("userfaultfd" in link for link in proc.descriptors(scene.target.pid).values())
+    scene.pager.release()
+    scene.pager.release()
+    assert not any("userfaultfd" in link for link in proc.descriptors(scene.target.pid).values())
+    assert scene.target.ask("t").split()[1] == str(SUM)
+
+
+class TestJournal:
+    """Every state that dying between two steps can leave, for a page that was on its way to the pool."""
+
+    def dead(self, scene: Scene, page: int, where: Where, *, present: bool, protected: bool) -> None:
+        """Leave ``page`` as somebody did who died: in the pool, and maybe still or again in the file."""
+        scene.pager.evict(some((page, 1)), Where.POOL)
+        if present:
+            content = np.zeros(PAGE_SIZE, dtype=np.uint8)
+            scene.stores[Where.POOL].fetch(scene.pager.residency.locator[[page]], content)
+            scene.guest.memory.write(page, content.data)
+        scene.pager.residency.where[page] = where
+        scene.pager.close()
+        if protected:
+            theirs = next(n for n, link in proc.descriptors(scene.target.pid).items() if "userfaultfd" in link)
+            from outboard.linux import pidfd
+
+            process = pidfd.open(scene.target.pid)
+            with Userfaultfd(pidfd.getfd(process, theirs)) as uffd:
+                uffd.write_protect(scene.target.at(page), PAGE_SIZE)
+            pidfd.close(process)
+
+    @pytest.mark.parametrize(
+        ("where", "present", "protected", "kept"),
+        [
+            (Where.RESIDENT, True, True, False),  # before the journal was written
+            (Where.POOL, True, True, False),  # written, not punched
+            (Where.POOL, False, False, True),  # gone
+            (Where.POOL, True, False, False),  # entered again, journal not yet written
+            (Where.RESIDENT, True, False, False),  # back, slot not given up
+        ],
+    )
+    def test_the_page_is_found(self, scene: Scene, where: Where, present: bool, protected: bool, kept: bool) -> None:
+        self.dead(scene, 30, where, present=present, protected=protected)
+        scene.target.say("w 30 77")
+        scene.pager = scene.engage()
+        assert scene.target.answer() == "written"
+        assert scene.target.ask("r 30") == "77"
+        assert scene.pager.statistics().faults.pool == int(kept)
+        assert scene.stores[Where.POOL].statistics().used == 0
+        scene.pager.evict(ALL, Where.FILE)
+        assert scene.target.ask("t").split()[1] == str(SUM + 47)
+
+
+def test_a_forked_child_reads_what_is_away(scene: Scene) -> None:
+    scene.pager.evict(ALL, Where.POOL)
+    assert scene.target.ask("c") == f"child {SUM}"
+    scene.pager.evict(ALL, Where.FILE)
+    assert scene.target.ask("c") == f"child {SUM}"
+    assert scene.target.ask("t").split()[1] == str(SUM)
+
+
+def test_memory_that_moves_is_followed(scene: Scene) -> None:
+    scene.pager.evict(ALL, Where.POOL)
+    at = scene.target.ask("m")
+    assert int(at, 16) != scene.target.start
+    assert scene.target.ask("t").split()[1] == str(SUM)
+    assert scene.pager.evict(some((5, 5)), Where.POOL) == 5
+    assert scene.target.ask("t").split()[1] == str(SUM)
+
+
+def test_memory_that_another_manager_holds_is_refused(tmp_path: Path) -> None:
+    with Target(mebibytes=MIB) as target, guest_of(target) as guest:
+        ours, theirs = ptrace.inject_userfaultfd(target.pid)
+        ptrace.close_in_target(target.pid, theirs)
+        with Userfaultfd(ours) as uffd:
+            uffd.api(Features.MISSING_SHMEM)
+            uffd.register(target.start, target.size, Mode.MISSING)
+            before = proc.descriptors(target.pid)
+            with pytest.raises(RefusedError, match="another userfaultfd") as caught:
+                Pager(guest, Residency(PAGES, tmp_path), {})
+            assert caught.value.reason == "uffd-taken"
+            assert proc.descriptors(target.pid) == before
+
+
+def test_large_pages_are_refused(tmp_path: Path) -> None:
+    with Target(mebibytes=MIB) as target, guest_of(target) as guest:
+        large = Guest("web", guest.pid, (dataclasses.replace(guest.regions[0], page_size=2 << 20),))
+        with large, pytest.raises(RefusedError, match="2 MiB") as caught:
+            Pager(large, Residency(PAGES, tmp_path), {})
+        assert caught.value.reason == "large-pages"
+
+
+def test_a_process_that_ends_is_an_error_to_evict_from(scene: Scene) -> None:
+    scene.target.say("q")
+    assert scene.target.ended() == 0
+    with pytest.raises(KernelError, match="No such process"):
+        scene.pager.evict(ALL, Where.POOL)

@@ -121,7 +121,7 @@ def test_it_outlives_who_put_it_there(tmp_path: Path) -> None:
 
 def test_a_file_of_another_size_is_refused(tmp_path: Path) -> None:
     FileStore(tmp_path / "swap", 100).close()
-    with pytest.raises(OutboardError, match="describes 100 pages, not 50; remove it"):
+    with pytest.raises(OutboardError, match="holds 100 entries, not 50; remove it"):
         FileStore(tmp_path / "swap", 50)
 
 

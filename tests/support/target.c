@@ -10,6 +10,8 @@
 //   b             block all signals in this thread
 //   u             become nobody, without capabilities
 //   f             have a seccomp filter trap getppid
+//   c             fork a child that reads every page, and print "child SUM"
+//   m             move the region elsewhere, and print where it is
 //   x             execute this program again, which prints "ready" again
 //   q             end
 #define _GNU_SOURCE
@@ -26,6 +28,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static volatile uint8_t *region;
@@ -134,6 +137,24 @@ int main(int count, char **arguments) {
             printf("%d\n", setresgid(65534, 65534, 65534) || setresuid(65534, 65534, 65534));
         } else if (line[0] == 'f') {
             printf("%d\n", trap_getppid());
+        } else if (line[0] == 'c') {
+            int ends[2];
+            uint64_t sum = 0;
+            if (pipe(ends)) return 6;
+            pid_t child = fork();
+            if (child == 0) {
+                for (page = 0; page < pages; page++) sum += *(volatile uint64_t *)(region + page * 4096);
+                _exit(write(ends[1], &sum, sizeof sum) != sizeof sum);
+            }
+            if (read(ends[0], &sum, sizeof sum) != sizeof sum) return 7;
+            waitpid(child, NULL, 0);
+            close(ends[0]);
+            close(ends[1]);
+            printf("child %lu\n", sum);
+        } else if (line[0] == 'm') {
+            void *room = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            region = mremap((void *)region, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, room);
+            printf("%p\n", (void *)region);
         } else if (line[0] == 'x') {
             execv("/proc/self/exe", arguments);
             return 5;

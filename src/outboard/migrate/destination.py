@@ -29,8 +29,8 @@ from outboard.migrate.messages import Prepare
 from outboard.migrate.receiving import BulkReceiver
 from outboard.migrate.source import digests
 from outboard.migrate.worker import Worker
-from outboard.pager.faults import FaultCounters, FaultServer
-from outboard.pager.pager import Pager
+from outboard.pager.arriving import ArrivingMemory
+from outboard.pager.peer_faults import FaultCounters, PeerFaultServer
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Where
 from outboard.stores.peer import PeerStore
@@ -74,7 +74,7 @@ class Incoming:
         self._guest = guest
         self._source = source
         self._directory = directory
-        self._pager = Pager(guest)
+        self._memory = ArrivingMemory(guest)
         self._counters = FaultCounters()
         self._cleanup = contextlib.ExitStack()
         self._sets = {name: PageSet(guest.pages) for name in (messages.FORGET, messages.LIVE)}
@@ -98,20 +98,20 @@ class Incoming:
             except OutboardError as error:
                 if self.committed:
                     raise NeedsRecoveryError(
-                        f"{self._guest.name} runs here, and {self._pager.residency.count(Where.PEER)} of its pages are "
-                        f"still at {self._source}: {error}"
+                        f"{self._guest.name} runs here, and {self._memory.residency.count(Where.PEER)} of its pages "
+                        f"are still at {self._source}: {error}"
                     ) from error
                 raise
 
     def _serve(self, streams: dict[str, Channel]) -> None:
         def serve_faults(link: socket.socket) -> None:
-            FaultServer(self._pager, PeerStore(streams["urgent"]), self._counters, link).serve()
+            PeerFaultServer(self._memory, PeerStore(streams["urgent"]), self._counters, link).serve()
 
         faults = Worker("outboard-faults", serve_faults, urgent=True)
         self._cleanup.callback(faults.end)
 
         def receive_bulk(link: socket.socket) -> None:
-            BulkReceiver(self._pager, streams["bulk"], faults.link, link).serve()
+            BulkReceiver(self._memory, streams["bulk"], faults.link, link).serve()
 
         bulk = Worker("outboard-place", receive_bulk)
         self._cleanup.callback(bulk.end)
@@ -175,7 +175,7 @@ class Incoming:
             self._all_sent
             and self.committed
             and self._live is not None
-            and not np.any(self._pager.residency.where[self._live.mask()] == Where.PEER)
+            and not np.any(self._memory.residency.where[self._live.mask()] == Where.PEER)
         )
 
     def _take(
@@ -205,11 +205,11 @@ class Incoming:
                 faults.tell(b"open")
                 control.send(messages.Settled())
             case messages.Forget():
-                self._pager.forget(self._sets[messages.FORGET])
+                self._memory.forget(self._sets[messages.FORGET])
                 self._sets[messages.FORGET] = PageSet(self._guest.pages)
             case messages.Live():
                 self._live = self._sets[messages.LIVE]
-                self._pager.note_zero_set(~self._live)
+                self._memory.note_zero_set(~self._live)
             case messages.Digests():
                 self._send_digests(control)
             case messages.Commit():
@@ -225,8 +225,8 @@ class Incoming:
         pages.bits()[at : at + part.bits.size] = part.bits
 
     def _run(self, control: Conversation, arrival: Arrival) -> None:
-        self._mapped_before_resume = self._pager.residency.count(Where.RESIDENT)
-        self._pager.run()
+        self._mapped_before_resume = self._memory.residency.count(Where.RESIDENT)
+        self._memory.run()
         self.committed = True
         arrival.resume(_STEP_S)
         control.send(messages.Resumed())
@@ -238,7 +238,7 @@ class Incoming:
             raise PeerError("digests were asked for before the live pages were named")
         mask = self._live.mask()
         deadline = time.monotonic() + _STEP_S
-        while np.any(self._pager.residency.where[mask] == Where.PEER):
+        while np.any(self._memory.residency.where[mask] == Where.PEER):
             if time.monotonic() > deadline:
                 raise PeerError(f"pages are missing {_STEP_S:.0f} s after all were said to have been sent")
             time.sleep(_TICK_S)
@@ -251,7 +251,7 @@ class Incoming:
         """Nothing is missing: give the memory back to QEMU whole, and say so."""
         faults.tell(b"stop")
         faults.join()
-        self._pager.release()
+        self._memory.release()
         served = self._counters.statistics()
         arrived = messages.Arrived(
             remote_faults=served.remote,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from outboard.errors import PeerError
 from outboard.migrate.messages import AllSent, Barrier, decode
-from outboard.pager.pager import Pager
+from outboard.pager.arriving import ArrivingMemory
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.wire.channel import Channel
@@ -24,8 +24,8 @@ class BulkReceiver:
     :param link: to the engine: the payloads of Barrier and AllSent, once all before them has been placed.
     """
 
-    def __init__(self, pager: Pager, channel: Channel, faults: socket.socket, link: socket.socket) -> None:
-        self._pager = pager
+    def __init__(self, memory: ArrivingMemory, channel: Channel, faults: socket.socket, link: socket.socket) -> None:
+        self._memory = memory
         self._channel = channel
         self._faults = faults
         self._link = link
@@ -60,15 +60,15 @@ class BulkReceiver:
             index += count
             if zero.any():
                 for low, length in PageSet.from_mask(zero):
-                    self._pager.note_zeros(first + low, length)
+                    self._memory.note_zeros(first + low, length)
                 runs = PageSet.from_mask(~zero).runs()
             else:
                 runs = np.array([[0, count]])
             for low, length in runs.tolist():
                 end = at + length * PAGE_SIZE
-                self._pager.place(first + low, pages.data[at:end], address + at)
+                self._memory.place(first + low, pages.data[at:end], address + at)
                 at = end
-            waiting = self._pager.waiting[first : first + count]
+            waiting = self._memory.waiting[first : first + count]
             if waiting.any():
                 numbers = np.flatnonzero(waiting & ~zero) + first
                 if numbers.size:

@@ -1,153 +1,144 @@
-"""The fault path: one process that does nothing but serve the faults of one guest.
-
-It polls the userfaultfd and the peer's urgent stream. A fault is answered from here when the page is known to be zero,
-and asked of the peer otherwise; nothing here logs, waits for bulk work or takes a lock. The bulk's process tells us of
-pages that it placed while we waited for them, so that their latency is counted too.
-"""
+"""The thread that serves a guest's faults: :func:`~outboard.pager.serving.serve`, and what it comes back for."""
 
 from __future__ import annotations
 
-import select
-import socket
-import struct
+import errno
+import os
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.linux.userfaultfd import FaultFlag
+from outboard.errors import DamagedPageError, KernelError
+from outboard.linux.libc import close
+from outboard.linux.userfaultfd import EventKind
 from outboard.pager.latency import Latencies, LatencyHistogram
-from outboard.pager.pager import Pager
+from outboard.pager.serving import AT_ONCE, MESSAGE_WORDS, MOST_SPACES, Count, Desk, Reason, State, Table, serve
 from outboard.pages import PAGE_SIZE
-from outboard.pages.residency import Where
-from outboard.pages.shared import shared_array
-from outboard.stores.peer import PeerStore
 
-_MESSAGE = struct.Struct("<B7xQQQ")
-"""struct uffd_msg of a page fault: event, flags, address, thread."""
-_AT_ONCE = 64
-# As plain numbers: an enumeration's operators are Python code.
-_MINOR_FAULT, _PEER, _ZERO_PAGE = int(FaultFlag.MINOR), int(Where.PEER), int(Where.ZERO)
-_PAGE_NUMBER = struct.Struct("<Q")
+SPIN_NS = 30_000
 
 
 @dataclass(frozen=True, slots=True)
 class FaultStatistics:
-    """Faults served so far, by where the page came from."""
+    """Faults served so far, by how; ``latencies`` from the reading of a message to its answer.
 
-    remote: int
+    ``left`` waited for an eviction or a fetch, ``raced`` found their page there, ``damaged`` got a memory error.
+    """
+
+    pool: int
+    file: int
     zero: int
     minor: int
+    protected: int
+    left: int
     raced: int
+    again: int
+    damaged: int
     latencies: Latencies
 
 
-class FaultCounters:
-    """The live counts, in memory shared with the engine that reads them.
+class FaultServer:
+    """Serves the faults on ``table``'s pages that ``uffd`` tells of, and those of children that the guest forks.
 
-    Synchronization: the fault process writes, any reads; made before it is forked.
+    ``uffds`` (int32) are the live descriptors of ``spaces`` address spaces, the guest's own first.
+
+    Synchronization: :meth:`start` and :meth:`stop` from one thread; the thread that serves runs without the GIL.
     """
 
-    def __init__(self) -> None:
-        self.counts: NDArray[np.int64] = shared_array(4, np.int64)
-        self.latency = LatencyHistogram()
+    def __init__(self, table: Table, uffd: int) -> None:
+        self._table = table
+        self._histogram = LatencyHistogram()
+        self._desk = Desk(
+            messages=np.zeros(AT_ONCE * MESSAGE_WORDS, dtype=np.uint64),
+            polled=np.zeros(MOST_SPACES + 1, dtype=np.uint64),
+            retries=np.zeros((4 * AT_ONCE, 3), dtype=np.int64),
+            staging=np.zeros(PAGE_SIZE, dtype=np.uint8),
+            room=np.zeros(5, dtype=np.int64),
+            state=np.zeros(State.SIZE, dtype=np.int64),
+            counts=np.zeros(Count.SIZE, dtype=np.int64),
+            histogram=self._histogram.counts,
+        )
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.uffds: NDArray[np.int32] = np.full(MOST_SPACES + 1, -1, dtype=np.int32)
+        self.uffds[:2] = uffd, self._bell
+        self.spaces = 1
+        self.failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Serve from now on, also what has waited. Idempotent."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="faults", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the faults that were read, and serve no more; who faults from now on waits. Idempotent."""
+        if self._thread is not None:
+            os.eventfd_write(self._bell, 1)
+            self._thread.join()
+            self._thread = None
+            os.eventfd_read(self._bell)
+
+    def close(self) -> None:
+        """Stop, and let go of forked children's memory. Idempotent."""
+        self.stop()
+        for uffd in self.uffds[1 : self.spaces]:
+            close(int(uffd))
+        self.spaces = 1
+        close(self._bell)
+
+    def _serve(self) -> None:
+        state = self._desk.state
+        while True:
+            reason = serve(self.uffds, self.spaces, SPIN_NS, self._table, self._desk)
+            detail = state[State.DETAIL : State.SIZE].tolist()
+            if reason == Reason.COMMAND:
+                return
+            if reason == Reason.EVENT:
+                self._event(*detail)
+            elif reason == Reason.GONE and detail[0] > 0:
+                self._forget(detail[0])
+            elif reason == Reason.DAMAGED:
+                self.failure = DamagedPageError(
+                    f"page {detail[0]} is not what was put into its store; whoever touched it got a memory error"
+                )
+            else:
+                self.failure = (
+                    KernelError("read of the guest's userfaultfd", errno.ESRCH)
+                    if reason == Reason.GONE
+                    else KernelError(f"answer to a fault on page {detail[1]}", detail[0])
+                )
+                return
+
+    def _event(self, kind: int, first: int, second: int, third: int, space: int) -> None:
+        if kind == EventKind.FORK:
+            self._adopt(first)
+        elif kind == EventKind.REMAP and space == 0:
+            rows = self._table.regions
+            moved = (rows[:, 2] >= first) & (rows[:, 2] + rows[:, 1] * PAGE_SIZE <= first + third)
+            rows[moved, 2] += second - first
+
+    def _adopt(self, uffd: int) -> None:
+        if self.spaces == MOST_SPACES:
+            # Its absent pages read as zeros to it: a child more than we can serve is one that we cannot keep whole.
+            close(uffd)
+            self.failure = KernelError(f"service of more than {MOST_SPACES} forked address spaces", errno.E2BIG)
+            return
+        os.set_blocking(uffd, False)
+        self.uffds[self.spaces + 1] = self._bell
+        self.uffds[self.spaces] = uffd
+        self.spaces += 1
+
+    def _forget(self, space: int) -> None:
+        # It has ended.
+        close(int(self.uffds[space]))
+        self.uffds[space : self.spaces] = self.uffds[space + 1 : self.spaces + 1]
+        self.spaces -= 1
 
     def statistics(self) -> FaultStatistics:
         """A frozen snapshot."""
-        remote, zero, minor, raced = self.counts.tolist()
-        return FaultStatistics(remote, zero, minor, raced, self.latency.statistics())
-
-
-_REMOTE, _ZERO, _MINOR, _RACED = range(4)
-
-
-class FaultServer:
-    """Serves the faults of ``pager``'s guest from ``peer``.
-
-    :param commands: a datagram socket; ``b"open"`` opens the peer, ``b"stop"`` ends :meth:`serve`; other lengths of
-        eight bytes are page numbers that the bulk has just placed.
-    """
-
-    def __init__(self, pager: Pager, peer: PeerStore, counters: FaultCounters, commands: socket.socket) -> None:
-        self._pager = pager
-        self._peer = peer
-        self._counters = counters
-        self._commands = commands
-        self._messages = bytearray(_MESSAGE.size * _AT_ONCE)
-        # An element of a memoryview is an int at once, that of an array an object of NumPy's.
-        self._where = memoryview(pager.residency.where)  # type: ignore[arg-type]  # an array has the buffer interface
-        self._waiting = memoryview(pager.waiting)  # type: ignore[arg-type]
-
-    def serve(self) -> None:
-        """Serve until told to stop.
-
-        :raise UnreachableError: the peer is gone; the faults that wait go on waiting.
-        :raise KernelError: the userfaultfd failed.
-        """
-        uffd, answers = self._pager.uffd.fileno(), self._peer.fileno()
-        poll = select.poll()
-        for fd in (uffd, answers, self._commands.fileno()):
-            poll.register(fd, select.POLLIN)
-        while True:
-            for fd, _ in poll.poll():
-                if fd == uffd:
-                    self._faults()
-                elif fd == answers:
-                    self._answers()
-                elif not self._command(self._commands.recv(4096)):
-                    return
-
-    def _command(self, command: bytes) -> bool:
-        if command == b"stop":
-            return False
-        if command == b"open":
-            self._peer.open()
-        else:
-            for (page,) in _PAGE_NUMBER.iter_unpack(command):
-                self._arrived(page)
-        return True
-
-    def _faults(self) -> None:
-        pager, where, waiting, counts = self._pager, self._where, self._waiting, self._counters.counts
-        wanted: list[int] = []
-        count = pager.uffd.read_into(self._messages)
-        for index in range(count):
-            _, flags, address, _ = _MESSAGE.unpack_from(self._messages, index * _MESSAGE.size)
-            if flags & _MINOR_FAULT:
-                pager.map_present(address & -PAGE_SIZE)
-                counts[_MINOR] += 1
-                continue
-            page = pager.page_of(address)
-            # Say that somebody waits before looking where the page is: the bulk looks after it has placed.
-            waiting[page] = 1
-            at = where[page]
-            if at == _PEER:
-                wanted.append(page)
-                continue
-            waiting[page] = 0
-            if at == _ZERO_PAGE:
-                pager.place_zero(page)
-                if not self._arrived(page):
-                    counts[_ZERO] += 1
-            else:
-                pager.uffd.wake(address & -PAGE_SIZE, PAGE_SIZE)
-                counts[_RACED] += 1
-        if wanted:
-            self._peer.ask(wanted)
-
-    def _answers(self) -> None:
-        for page, address in self._peer.fetched():
-            if address is None:
-                self._pager.place_zero(page)
-            else:
-                self._pager.place_one(page, address)
-            self._arrived(page)
-
-    def _arrived(self, page: int) -> bool:
-        self._waiting[page] = 0
-        waited = self._peer.arrived(page)
-        if waited is None:
-            return False
-        self._counters.latency.record(waited)
-        self._counters.counts[_REMOTE] += 1
-        return True
+        pool, file, zero, minor, protected, left, raced, again, damaged = self._desk.counts.tolist()
+        latencies = self._histogram.statistics()
+        return FaultStatistics(pool, file, zero, minor, protected, left, raced, again, damaged, latencies)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from outboard.pages.shared import shared_array
@@ -35,21 +36,28 @@ class Latencies:
         return float(2 ** ((bucket + 1) / _PER_OCTAVE)) / 1000
 
 
+@njit("void(uint64[::1], int64)", cache=True, nogil=True)
+def record(counts: NDArray[np.uint64], nanoseconds: int) -> None:
+    """Count a fault in the live array of a histogram, also from compiled code."""
+    bucket = int(math.log2(max(nanoseconds, 1)) * _PER_OCTAVE)
+    counts[min(bucket, counts.size - 1)] += np.uint64(1)
+
+
 class LatencyHistogram:
-    """The live histogram.
+    """The live histogram; ``counts`` is its array.
 
     Synchronization: one process writes, any reads; made before they are forked.
     """
 
-    __slots__ = ("_counts",)
+    __slots__ = ("counts",)
 
     def __init__(self) -> None:
-        self._counts: NDArray[np.uint64] = shared_array(_BUCKETS, np.uint64)
+        self.counts: NDArray[np.uint64] = shared_array(_BUCKETS, np.uint64)
 
     def record(self, nanoseconds: int) -> None:
         """Count one fault."""
-        self._counts[min(_BUCKETS - 1, int(math.log2(max(nanoseconds, 1)) * _PER_OCTAVE))] += np.uint64(1)
+        record(self.counts, nanoseconds)
 
     def statistics(self) -> Latencies:
         """A frozen snapshot."""
-        return Latencies(self._counts.copy())
+        return Latencies(self.counts.copy())

@@ -1,198 +1,284 @@
-"""Placing pages into a guest whose memory is armed with a userfaultfd.
+"""The pager: moves pages of a running guest between its memory and stores, and serves the faults on those away.
 
-Before the guest runs nobody else writes its memory, so a page that arrives twice simply replaces the earlier one.
-From the resume on, a page is placed by UFFDIO_COPY alone, which means "if it is absent": whatever comes second, the
-answer to a fault or the bulk, gets EEXIST and is dropped, so that neither waits for the other. UFFDIO_COPY also enters
-the page in the guest's page table, so what has arrived takes no fault afterwards.
+Eviction, in batches: claim the pages, write-protect them, read them through the guest's file, put them into the store,
+note that in the residency, punch them, give the claims up and wake whoever came meanwhile. A page of zeros goes
+nowhere: that it is one is all there is to keep. Fetching is the reverse, ahead of a fault; whichever of the two comes
+first has the page. Why nothing is lost on the way, not even by dying, is told in :mod:`outboard.pages.residency`.
 
-Sources: userfaultfd(2), ioctl_userfaultfd(2), Linux Documentation/admin-guide/mm/userfaultfd.rst.
+Sources: userfaultfd(2), ioctl_userfaultfd(2), fallocate(2).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import KernelError, RefusedError
-from outboard.linux import pidfd, ptrace
-from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
+from outboard.errors import DamagedPageError, KernelError, RefusedError
+from outboard.linux.userfaultfd import Features, Mode
+from outboard.pager import batches
+from outboard.pager.clamp import Clamp
+from outboard.pager.faults import FaultServer, FaultStatistics
+from outboard.pager.serving import Table
 from outboard.pages import PAGE_SIZE
-from outboard.pages.pageset import PageSet
-from outboard.pages.residency import Residency, Where
-from outboard.pages.shared import shared_array
-from outboard.vmm.guest import Guest, Region
+from outboard.pages.content import zero_pages
+from outboard.pages.pageset import PageSet, Runs, chop
+from outboard.pages.residency import STORED, Residency, Where
+from outboard.stores.file import FileStore
+from outboard.vmm.guest import Guest
 
-_FEATURES = Features.MISSING_SHMEM | Features.MINOR_SHMEM
+_FEATURES = (
+    Features.MISSING_SHMEM
+    | Features.MINOR_SHMEM
+    | Features.PAGEFAULT_FLAG_WP
+    | Features.WP_HUGETLBFS_SHMEM
+    | Features.EVENT_FORK
+    | Features.EVENT_REMAP
+    | Features.EVENT_UNMAP
+)
+_BATCH = 256
+"""Pages: a megabyte in transit, and nobody waits longer for a page than such a batch takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PagerStatistics:
+    """Pages by where they are now; pages evicted (``zeros`` of them all zeros) and fetched ahead of a fault so far."""
+
+    pages: int
+    resident: int
+    zero: int
+    pool: int
+    file: int
+    evicted: int
+    zeros: int
+    fetched: int
+    faults: FaultStatistics
 
 
 class Pager:
-    """The memory of one guest, absent at first.
+    """Manages the pages of ``guest``.
 
-    :param guest: attached, its vCPUs stopped; all that its memory holds is thrown away.
-    :raise RefusedError: ``large-pages``: memory in hugetlb pages cannot be placed page by page.
-    :raise KernelError: injection or registration failed.
+    :param residency: where they are; of an engine that has died, where it left them.
+    :param stores: where pages may go: ``Where.POOL``, ``Where.FILE``, or both.
+    :raise RefusedError: ``large-pages``; ``uffd-taken``.
+    :raise KernelError: the kernel refused.
 
-    Synchronization: made before the engine's workers are forked; the one that serves faults and the one that places
-    the bulk then share it, and the kernel decides between them. ``running`` changes once, before the guest resumes.
+    Faults are served from the start to :meth:`close` or :meth:`release`.
+
+    Synchronization: one thread; faults are served by another, which this class starts.
     """
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, residency: Residency, stores: Mapping[Where, FileStore]) -> None:
         for region in guest.regions:
             if region.page_size != PAGE_SIZE:
                 raise RefusedError(
                     "large-pages",
                     f"{guest.name}: its memory at {region.gpa:#x} is in pages of {region.page_size >> 20} MiB, and "
-                    f'pages are placed {PAGE_SIZE} bytes at a time; start the VM with page_size = "4KiB" to migrate it',
+                    f'pages are evicted {PAGE_SIZE} bytes at a time; start the VM with page_size = "4KiB" to manage it',
                 )
         self.guest = guest
-        self.residency = Residency(guest.pages)
-        self.waiting: NDArray[np.uint8] = shared_array(guest.pages, np.uint8)
-        self._running: NDArray[np.uint8] = shared_array(1, np.uint8)
-        # QEMU's own reset has written to a fresh destination; a page that is present would never fault.
-        for region in guest.regions:
-            guest.memory.punch(region.first, region.pages)
-        ours, self._theirs = ptrace.inject_userfaultfd(guest.pid, guest.emulator_thread())
-        self.uffd = Userfaultfd(ours)
-        self.uffd.api(_FEATURES)
-        for region in guest.regions:
-            self.uffd.register(region.hva, region.pages * PAGE_SIZE, Mode.MISSING | Mode.MINOR)
+        self.residency = residency
+        self._stores = stores
+        self._regions = guest.memory.table()
+        self._claimed: NDArray[np.uint8] = np.zeros(guest.pages, dtype=np.uint8)
+        self._staging: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
+        self._evicted = self._zeros = self._fetched = 0
+        self._clamp = Clamp(guest, _FEATURES, Mode.MISSING | Mode.MINOR | Mode.WP)
+        self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
+        self._recover()
+        self._faults.start()
 
-    @property
-    def running(self) -> bool:
-        """Whether the guest may be running: from then on what is present is the truth."""
-        return bool(self._running[0])
+    def _table(self) -> Table:
+        files: NDArray[np.int32] = np.full(max(Where) + 1, -1, dtype=np.int32)
+        taken, digests = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint64)
+        arrays = dict.fromkeys(STORED, (taken, digests))
+        for where, store in self._stores.items():
+            files[where] = store.fileno()
+            arrays[where] = store.taken, digests if store.digests is None else store.digests
+        return Table(
+            self._regions,
+            self.residency.where,
+            self.residency.locator,
+            self._claimed,
+            files,
+            *arrays[Where.POOL],
+            *arrays[Where.FILE],
+        )
 
-    def run(self) -> None:
-        """The guest is about to resume: never again replace a page that is present."""
-        self._running[0] = 1
-
-    def _pieces(self, first: int, count: int) -> Iterator[tuple[Region, int, int, int]]:
-        """Split a run at region edges: (region, first page, count, HVA)."""
-        for region in self.guest.regions:
-            low = max(first, region.first)
-            high = min(first + count, region.first + region.pages)
-            if low < high:
-                yield region, low, high - low, region.hva + (low - region.first) * PAGE_SIZE
-
-    def place(self, first: int, data: memoryview, address: int) -> None:
-        """Put whole pages in, from page ``first`` on.
-
-        :param data: their content; :param address: where ``data`` lies in this process.
-        :raise KernelError: the kernel refused, ESRCH when the VMM has ended.
-        """
-        count = len(data) // PAGE_SIZE
+    def _recover(self) -> None:
+        """Make the journal agree with the file, lift every protection, and have everybody ask again."""
         where = self.residency.where
-        if count == 1 and where[first] == Where.RESIDENT:
-            # A page that changed after it was sent, or one that the answer to a fault has overtaken.
-            if not self.running:
-                self.guest.memory.write(first, data)
-            return
-        for _, low, pages, hva in self._pieces(first, count):
-            at = (low - first) * PAGE_SIZE
-            if not self.running and where[low : low + pages].any():
-                self._replace(low, data[at : at + pages * PAGE_SIZE], hva, address + at)
-            else:
-                self._copy(hva, address + at, pages * PAGE_SIZE)
-        where[first : first + count] = Where.RESIDENT
+        whole = self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
+        self._ask("UFFDIO_WRITEPROTECT", batches.protect(self._clamp.uffd.fileno(), self._regions, whole, 0))
+        away = where > Where.ZERO
+        if away.any():
+            where[away & self.guest.memory.populated().mask()] = Where.RESIDENT
+        for kind, store in self._stores.items():
+            store.retain(self.residency.locator[where == kind])
+        self._ask("UFFDIO_WAKE", batches.wake(self._clamp.uffd.fileno(), self._regions, whole))
 
-    def place_one(self, page: int, address: int) -> None:
-        """Answer a fault: put one page in, if it is absent; ``address`` is where its content lies in this process."""
-        for region in self.guest.regions:
-            if region.first <= page < region.first + region.pages:
-                self._copy(region.hva + (page - region.first) * PAGE_SIZE, address, PAGE_SIZE)
-        self.residency.where[page] = Where.RESIDENT
-
-    def _replace(self, first: int, data: memoryview, hva: int, address: int) -> None:
-        for index in range(len(data) // PAGE_SIZE):
-            at = index * PAGE_SIZE
-            if self.residency.where[first + index] == Where.RESIDENT:
-                self.guest.memory.write(first + index, data[at : at + PAGE_SIZE])
-            else:
-                self._copy(hva + at, address + at, PAGE_SIZE)
-
-    def _copy(self, hva: int, address: int, length: int) -> None:
-        done = 0
-        while done < length:
-            answer = self.uffd.copy(hva + done, address + done, length - done)
-            if answer > 0:
-                done += answer
-            elif answer == -errno.EEXIST:
-                # Present already: a fault may have found it so between our copy and its own; let it look again.
-                self.uffd.wake(hva + done, PAGE_SIZE)
-                done += PAGE_SIZE
-            elif answer == -errno.EAGAIN:
-                time.sleep(0.0001)
-            else:
-                raise KernelError(
-                    f"UFFDIO_COPY of {length - done} bytes to {hva + done:#x} of {self.guest.name}", -answer
-                )
-
-    def place_zero(self, page: int) -> None:
-        """Answer a fault on a page that reads as zeros."""
-        for _, _, _, hva in self._pieces(page, 1):
-            while (answer := self.uffd.zeropage(hva, PAGE_SIZE)) == -errno.EAGAIN:
-                time.sleep(0.0001)
-            if answer == -errno.EEXIST:
-                self.uffd.wake(hva, PAGE_SIZE)
-            elif answer < 0:
-                raise KernelError(f"UFFDIO_ZEROPAGE at {hva:#x} of {self.guest.name}", -answer)
-        self.residency.where[page] = Where.RESIDENT
-
-    def note_zeros(self, first: int, count: int) -> None:
-        """Know that pages read as zeros, without spending memory on them; who waits for one is woken to ask again."""
-        where = self.residency.where[first : first + count]
-        if not self.running and bool((where == Where.RESIDENT).any()):
-            self.guest.memory.punch(first, count)
-            where[:] = Where.ZERO
-            return
-        where[where != Where.RESIDENT] = Where.ZERO
-        for _, _, pages, hva in self._pieces(first, count):
-            self.uffd.wake(hva, pages * PAGE_SIZE)
-
-    def note_zero_set(self, pages: PageSet) -> None:
-        """Know that all absent pages of a large set read as zeros, at once; what is present stays."""
-        where = self.residency.where
-        where[pages.mask() & (where == Where.PEER)] = Where.ZERO
-        for region in self.guest.regions:
-            self.uffd.wake(region.hva, region.pages * PAGE_SIZE)
-
-    def forget(self, pages: PageSet) -> None:
-        """Make pages absent again, before the guest runs: their content has changed at the peer."""
-        if self.running:
-            raise ValueError(f"{self.guest.name} may be running: what is present there is the truth")
-        for first, count in pages:
-            self.guest.memory.punch(first, count)
-            self.residency.where[first : first + count] = Where.PEER
-
-    def map_present(self, hva: int) -> None:
-        """Answer a minor fault: the page is in the file, only its mapping is missing."""
-        while (answer := self.uffd.continue_(hva, PAGE_SIZE)) == -errno.EAGAIN:
-            time.sleep(0.0001)
+    def _ask(self, operation: str, answer: int) -> None:
         if answer < 0:
-            self.uffd.wake(hva, PAGE_SIZE)
+            raise KernelError(f"{operation} on the memory of {self.guest.name}", -answer)
 
-    def page_of(self, address: int) -> int:
-        """The page number of an HVA inside the guest's memory."""
-        for region in self.guest.regions:
-            if region.hva <= address < region.hva + region.pages * PAGE_SIZE:
-                return region.first + (address - region.hva) // PAGE_SIZE
-        raise ValueError(f"{address:#x} is not in the memory of {self.guest.name}")
+    def _everywhere(self, operation: str, runs: Runs, protected: int | None = None) -> None:
+        """Protect, unprotect (0) or wake (None) in the guest's address space and those of its children."""
+        for uffd in self._faults.uffds[: self._faults.spaces].tolist():
+            if protected is None:
+                answer = batches.wake(uffd, self._regions, runs)
+            else:
+                answer = batches.protect(uffd, self._regions, runs, protected)
+            if answer == -errno.ESRCH and uffd != self._clamp.uffd.fileno():
+                # A child that has ended.
+                continue
+            self._ask(operation, answer)
+
+    def _split(self, runs: Runs) -> Runs:
+        """Cut runs at the edges of regions."""
+        pieces = []
+        for first, count in self._regions[:, :2].tolist():
+            low = np.maximum(runs[:, 0], first)
+            high = np.minimum(runs[:, 0] + runs[:, 1], first + count)
+            inside = low < high
+            pieces.append(np.column_stack((low[inside], high[inside] - low[inside])))
+        return np.ascontiguousarray(np.concatenate(pieces))
+
+    def _claims(self, pages: PageSet) -> Iterator[NDArray[np.int64]]:
+        """Claim ``pages`` a batch at a time; those that somebody else is busy with are passed over."""
+        numbers = pages.numbers()
+        for at in range(0, numbers.size, _BATCH):
+            batch = numbers[at : at + _BATCH]
+            ours = np.empty(batch.size, dtype=np.bool_)
+            if batches.claim(self._claimed, batch, ours):
+                yield np.ascontiguousarray(batch[ours])
+
+    def _runs(self, numbers: NDArray[np.int64]) -> Runs:
+        return self._split(PageSet.from_numbers(self.guest.pages, numbers).runs())
+
+    def evict(self, pages: PageSet, to: Where) -> int:
+        """Move those of ``pages`` that are resident into a store, while the guest runs; how many went.
+
+        A page that is being fetched this very moment stays.
+
+        :param to: ``Where.POOL`` or ``Where.FILE``.
+        :raise StoreFullError: there is no room; what has not gone is where it was.
+        :raise KernelError: the kernel refused; a page is where it was or where it was going, never neither.
+        """
+        store = self._stores[to]
+        went = 0
+        for claimed in self._claims(pages & self.residency.pages_at(Where.RESIDENT)):
+            try:
+                # Between the look at where they are and the claim a fault may have come in between, but brought them.
+                self._put_away(claimed, to, store)
+                went += claimed.size
+            finally:
+                runs = self._runs(claimed)
+                batches.release(self._claimed, claimed)
+                self._everywhere("UFFDIO_WAKE", runs)
+        self._evicted += went
+        return went
+
+    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore) -> None:
+        runs = self._runs(numbers)
+        content = self._staging[: numbers.size * PAGE_SIZE]
+        try:
+            self._everywhere("UFFDIO_WRITEPROTECT", runs, 1)
+            self._ask("pread", batches.read(self._regions, runs, content))
+            zero = zero_pages(content)
+            kept = content.reshape(-1, PAGE_SIZE)[~zero].reshape(-1) if zero.any() else content
+            locators = store.put(kept)
+        except BaseException:
+            self._everywhere("UFFDIO_WRITEPROTECT", runs, 0)
+            raise
+        self.residency.went(numbers[~zero], to, locators)
+        self.residency.where[numbers[zero]] = Where.ZERO
+        self._zeros += int(np.count_nonzero(zero))
+        self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
+
+    def fetch(self, pages: PageSet) -> int:
+        """Bring those of ``pages`` that are in stores back, ahead of a fault; how many came.
+
+        :raise DamagedPageError: one or more are not what was put away; all others have come.
+        :raise KernelError: the kernel refused.
+        """
+        came = 0
+        damage: DamagedPageError | None = None
+        for where, store in self._stores.items():
+            for claimed in self._claims(pages & self.residency.pages_at(where)):
+                # A fault may have brought some between the look and the claim.
+                numbers = np.ascontiguousarray(claimed[self.residency.where[claimed] == where])
+                try:
+                    self._bring_back(numbers, store)
+                    came += numbers.size
+                except DamagedPageError as error:
+                    damage = error
+                    came += self._bring_what_is_whole(numbers, store)
+                finally:
+                    batches.release(self._claimed, claimed)
+                    self._everywhere("UFFDIO_WAKE", self._runs(claimed))
+        self._fetched += came
+        if damage is not None:
+            raise damage
+        return came
+
+    def _bring_back(self, numbers: NDArray[np.int64], store: FileStore) -> None:
+        content = self._staging[: numbers.size * PAGE_SIZE]
+        locators = self.residency.locator[numbers]
+        store.fetch(locators, content)
+        runs = self._runs(numbers)
+        self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
+        self.residency.returned(numbers)
+        store.drop(locators)
+
+    def _bring_what_is_whole(self, numbers: NDArray[np.int64], store: FileStore) -> int:
+        came = 0
+        for page in np.split(numbers, numbers.size):
+            with contextlib.suppress(DamagedPageError):
+                self._bring_back(page, store)
+                came += 1
+        return came
+
+    def populate(self, pages: PageSet) -> None:
+        """Bring ``pages`` back and enter them in the guest's page table: none that holds anything takes a fault."""
+        self.fetch(pages)
+        runs = self._split(chop(pages.runs(), 1 << 15))
+        self._ask("UFFDIO_CONTINUE", batches.map_present(self._clamp.uffd.fileno(), self._regions, runs))
 
     def release(self) -> None:
-        """Give the memory back to the VMM whole: unregister, and close the userfaultfd here and inside it. Idempotent.
+        """Make everything resident and let the guest go: its memory is its own again. Idempotent.
 
-        What is still absent reads as zeros from now on, so call it only when nothing is at the peer.
+        :raise DamagedPageError, KernelError: as :meth:`fetch`; the guest is still managed then.
         """
-        try:
-            for region in self.guest.regions:
-                self.uffd.unregister(region.hva, region.pages * PAGE_SIZE)
-            ptrace.close_in_target(self.guest.pid, self._theirs)
-        except KernelError:
-            if pidfd.alive(self.guest.pid):
-                raise
-        finally:
-            self.uffd.close()
+        while any(self.residency.count(where) for where in self._stores):
+            self.fetch(PageSet.full(self.guest.pages))
+        self._faults.close()
+        self._clamp.release()
+
+    def close(self) -> None:
+        """Let go of the guest and leave its pages where they are: who touches an absent one waits for a successor."""
+        self._faults.close()
+        self._clamp.close()
+
+    @property
+    def failure(self) -> Exception | None:
+        """What the serving of faults met with: a damaged page, or its end."""
+        return self._faults.failure
+
+    def statistics(self) -> PagerStatistics:
+        """A frozen snapshot."""
+        counts = np.bincount(self.residency.where, minlength=max(Where) + 1).tolist()
+        return PagerStatistics(
+            pages=self.guest.pages,
+            resident=counts[Where.RESIDENT],
+            zero=counts[Where.ZERO],
+            pool=counts[Where.POOL],
+            file=counts[Where.FILE],
+            evicted=self._evicted,
+            zeros=self._zeros,
+            fetched=self._fetched,
+            faults=self._faults.statistics(),
+        )

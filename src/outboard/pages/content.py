@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xxhash
-from numba import njit
+from llvmlite import binding
+from numba import njit, types
 from numpy.typing import NDArray
 
 from outboard.pages import PAGE_SIZE
 
 _WORDS = PAGE_SIZE // 8
+
+# The extension module of xxhash exports the library that it wraps: compiled loops call it without the interpreter.
+binding.load_library_permanently(xxhash._xxhash.__file__)  # type: ignore[attr-defined]
+_xxh3: Any = types.ExternalFunction("XXH3_64bits", types.uint64(types.uintp, types.uint64))
 
 
 @njit("void(uint64[::1], boolean[::1])", cache=True, nogil=True)
@@ -38,14 +45,23 @@ def zero_pages(buffer: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return out
 
 
+@njit("uint64(uintp)", cache=True, nogil=True)
+def page_digest(address: int) -> int:
+    """:func:`page_digests` of the page at ``address``, for compiled loops."""
+    return _xxh3(address, PAGE_SIZE)  # type: ignore[no-any-return]
+
+
+@njit("void(uint8[::1], uint64[::1])", cache=True, nogil=True)
+def _page_digests(buffer: NDArray[np.uint8], out: NDArray[np.uint64]) -> None:
+    for page in range(out.size):
+        out[page] = page_digest(buffer.ctypes.data + page * PAGE_SIZE)
+
+
 def page_digests(buffer: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Digest each page in ``buffer`` (whole pages) with XXH3, 64 bits.
 
     Not keyed: it tells accidents, not attacks; what crosses a network is authenticated by TLS.
     """
-    view = buffer.data.cast("B")
-    return np.fromiter(
-        (xxhash.xxh3_64_intdigest(view[at : at + PAGE_SIZE]) for at in range(0, len(view), PAGE_SIZE)),
-        dtype=np.uint64,
-        count=len(view) // PAGE_SIZE,
-    )
+    out = np.empty(buffer.size // PAGE_SIZE, dtype=np.uint64)
+    _page_digests(buffer, out)
+    return out

@@ -1,4 +1,5 @@
-"""Arrays over anonymous shared memory: what the processes of one engine tell one another about pages without a message.
+"""Arrays over shared memory: what the processes of one engine tell one another about pages without a message, and, over
+a file, what an engine tells its successor.
 
 A byte is the unit: processors store and load bytes whole, so that a reader sees the old value or the new one. Where two
 processes want the same byte and one shall have it, :func:`claim` exchanges it in one instruction: no lock, no wait.
@@ -6,7 +7,10 @@ processes want the same byte and one shall have it, :func:`claim` exchanges it i
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +19,37 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import DTypeLike, NDArray
 
+from outboard.errors import KernelError, OutboardError
+
 
 def shared_array(length: int, dtype: DTypeLike) -> NDArray[Any]:
     """Make an array of ``length`` zeros that the processes forked afterwards share with this one."""
     kind: np.dtype[Any] = np.dtype(dtype)
     return np.frombuffer(mmap.mmap(-1, max(1, length * kind.itemsize)), dtype=kind, count=length)
+
+
+def file_array(path: Path, length: int, dtype: DTypeLike) -> NDArray[Any]:
+    """Map an array of ``length`` from a file, zeros if it is not there yet; what is written survives the writer.
+
+    :raise OutboardError: the file is there and holds another number.
+    :raise KernelError: it cannot be made or mapped.
+    """
+    kind: np.dtype[Any] = np.dtype(dtype)
+    size = length * kind.itemsize
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            there = os.fstat(fd).st_size
+            if there not in (0, size):
+                raise OutboardError(
+                    f"{path} holds {there // kind.itemsize} entries, not {length}; remove it if nothing in it is needed"
+                )
+            os.ftruncate(fd, size)
+            return np.frombuffer(mmap.mmap(fd, size), dtype=kind, count=length)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise KernelError(f"map of {path}", error.errno or errno.EIO) from error
 
 
 @intrinsic
@@ -45,6 +75,12 @@ def _claim(flags: NDArray[np.uint8], first: int, out: NDArray[np.bool_]) -> None
 def claim_one(flags: NDArray[np.uint8], index: int) -> bool:
     """:func:`claim` for a single flag, where every microsecond counts."""
     return _exchange(flags, index, np.uint8(1)) == 0  # type: ignore[call-arg]  # numba passes one
+
+
+@njit("void(uint8[::1], int64)", cache=True, nogil=True)
+def release_one(flags: NDArray[np.uint8], index: int) -> None:
+    """Set a flag to 0 in one instruction, after everything that was done before: who claims it next sees that."""
+    _exchange(flags, index, np.uint8(0))  # type: ignore[call-arg]  # numba passes one
 
 
 def claim(flags: NDArray[np.uint8], first: int, count: int) -> NDArray[np.bool_]:

@@ -1,7 +1,9 @@
-"""Pages in a file: on a disk a plain swap file, on tmpfs a pool in memory that survives whoever manages it.
+"""Pages in a file: on a disk a plain swap file, on tmpfs the pool, which is memory that outlives whoever manages it.
 
-Beside the file lies ``FILE.slots`` with the digests. Slots are handed out in a row where there is room, so that what is
-evicted together is one write, and can be one read.
+Slots are handed out in a row where there is room, so that what is evicted together is one write, and can be one read.
+``FILE.slots`` beside the file says which are taken. What leaves memory is signed: ``FILE.digests`` holds a digest for
+each slot, and a page that does not come back as it went is not given out. Memory is trusted as the guest's own is: the
+pool has no digests.
 
 Source: pwrite(2), preadv(2).
 """
@@ -17,7 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError, StoreFullError
+from outboard.linux import statfs
 from outboard.pages import PAGE_SIZE
+from outboard.pages.content import page_digests
+from outboard.pages.shared import file_array
 from outboard.stores.slots import Slots
 from outboard.stores.store import StoreStatistics
 
@@ -25,24 +30,35 @@ from outboard.stores.store import StoreStatistics
 class FileStore:
     """``room`` pages in the file at ``path``, made if it is not there; a :class:`~outboard.stores.store.Store`.
 
+    ``taken`` and ``digests`` (None on tmpfs) are the live arrays by slot, for the compiled fault path.
+
     :raise OutboardError: the file is there and was made for another number of pages.
     :raise KernelError: it cannot be opened.
 
-    Synchronization: one process puts; any fetches and drops.
+    Synchronization: one thread puts; any fetches and drops.
     """
 
     def __init__(self, path: Path, room: int) -> None:
         self.path = path
+        self.room = room
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise KernelError(f"open of the page file {path}", error.errno or errno.EIO) from error
         try:
             self._slots = Slots(path.with_name(path.name + ".slots"), room)
+            self.taken = self._slots.taken
+            self.digests: NDArray[np.uint64] | None = None
+            if statfs.of(self._fd).type != statfs.TMPFS_MAGIC:
+                self.digests = file_array(path.with_name(path.name + ".digests"), room, np.uint64)
         except BaseException:
             os.close(self._fd)
             raise
         self._put = self._fetched = 0
+
+    def fileno(self) -> int:
+        """The file: slot *n* is its page *n*."""
+        return self._fd
 
     def put(self, content: NDArray[np.uint8]) -> NDArray[np.uint64]:
         """See :meth:`Store.put`; a write that fails keeps nothing.
@@ -52,17 +68,18 @@ class FileStore:
         count = content.size // PAGE_SIZE
         slots = self._slots.allocate(count)
         if slots is None:
-            room, used = self._slots.count, self._slots.used()
             raise StoreFullError(
-                f"{self.path} has room for {room} pages, {used} of them taken; {count} more were to be put there"
+                f"{self.path} has room for {self.room} pages, {self._slots.used()} of them taken; {count} more were "
+                "to be put there"
             )
-        self._slots.sign(slots, content)
+        if self.digests is not None:
+            self.digests[slots] = page_digests(content)
         try:
             for first, begin, end in _rows(slots):
-                self._whole(
-                    os.pwrite(self._fd, content[begin * PAGE_SIZE : end * PAGE_SIZE].data, first * PAGE_SIZE),
-                    end - begin,
-                )
+                part = content[begin * PAGE_SIZE : end * PAGE_SIZE]
+                if os.pwrite(self._fd, part.data, first * PAGE_SIZE) != part.size:
+                    # A short write is a full disk that has not said so yet.
+                    raise OSError(errno.ENOSPC, "short write")
         except OSError as error:
             self._slots.free(slots)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -84,7 +101,13 @@ class FileStore:
                 raise KernelError(f"read of slot {first} of {self.path}", error.errno or errno.EIO) from error
             if done != part.size:
                 raise DamagedPageError(f"{self.path} ends before slot {first + done // PAGE_SIZE}, which holds a page")
-        self._slots.verify(locators, into)
+        if self.digests is not None:
+            wrong = np.flatnonzero(page_digests(into[: locators.size * PAGE_SIZE]) != self.digests[locators])
+            if wrong.size:
+                raise DamagedPageError(
+                    f"{wrong.size} of {locators.size} pages read from {self.path} are not what was put there, the "
+                    f"first is slot {locators[wrong[0]]} (byte {int(locators[wrong[0]]) * PAGE_SIZE})"
+                )
         self._fetched += locators.size
 
     def drop(self, locators: NDArray[np.uint64]) -> None:
@@ -97,20 +120,14 @@ class FileStore:
 
     def statistics(self) -> StoreStatistics:
         """A frozen snapshot."""
-        return StoreStatistics(self._slots.used(), self._slots.count, self._put, self._fetched)
+        return StoreStatistics(self._slots.used(), self.room, self._put, self._fetched)
 
     def close(self) -> None:
         """Idempotent; the file stays."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._slots.close()
-
-    @staticmethod
-    def _whole(done: int, pages: int) -> None:
-        if done != pages * PAGE_SIZE:
-            # A short write is a full disk that has not said so yet.
-            raise OSError(errno.ENOSPC, "short write")
+            del self.taken, self.digests, self._slots
 
 
 def _rows(slots: NDArray[np.uint64]) -> Iterator[tuple[int, int, int]]:

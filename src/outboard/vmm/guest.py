@@ -147,6 +147,16 @@ class GuestMemory:
         for fd, offset, _, pages in self._pieces(first, count):
             fallocate.punch(fd, offset, pages * PAGE_SIZE)
 
+    def table(self) -> NDArray[np.int64]:
+        """For compiled loops, a row for each region: first page, pages, HVA, offset in its file, our descriptor."""
+        return np.array(
+            [
+                (region.first, region.pages, region.hva, region.offset, fd)
+                for region, fd in zip(self._regions, self._fds, strict=True)
+            ],
+            dtype=np.int64,
+        )
+
     def populated(self) -> PageSet:
         """The pages that have memory; all others have never been written and read as zeros. Source: lseek(2)."""
         last = self._regions[-1]

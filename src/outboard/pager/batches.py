@@ -1,0 +1,170 @@
+"""Requests over many runs of pages, compiled: no interpreter between two pages.
+
+``regions`` has a row for each region: first page, pages, HVA, offset in its file, the file's descriptor. ``runs`` are
+(first page, pages), none across an edge of regions. Each function answers 0 or a negated errno, and stops at the first
+refusal. EAGAIN, the answer while the address space changes, is tried again: whoever serves the faults reads the event.
+
+Sources: ioctl_userfaultfd(2), pread(2), fallocate(2).
+"""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+
+from outboard.linux import fallocate, native
+from outboard.linux.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE, UFFDIO_WRITEPROTECT
+from outboard.pages import PAGE_SIZE
+from outboard.pages.shared import claim_one, release_one
+
+_COPY, _CONTINUE, _PROTECT, _WAKE = (
+    request.number for request in (UFFDIO_COPY, UFFDIO_CONTINUE, UFFDIO_WRITEPROTECT, UFFDIO_WAKE)
+)
+_EEXIST, _EAGAIN, _EFAULT, _EIO = errno.EEXIST, errno.EAGAIN, errno.EFAULT, errno.EIO
+_PUNCH = fallocate.FALLOC_FL_PUNCH_HOLE | fallocate.FALLOC_FL_KEEP_SIZE
+
+_ROWS, _I8, _U1 = types.int64[:, ::1], types.int64[::1], types.uint8[::1]
+
+
+@njit(types.int64(_ROWS, types.int64), cache=True, nogil=True)
+def _row_of(regions: NDArray[np.int64], page: int) -> int:
+    for row in range(regions.shape[0]):
+        if regions[row, 0] <= page < regions[row, 0] + regions[row, 1]:
+            return row
+    return 0
+
+
+@njit(types.int64(_ROWS, types.int64), cache=True, nogil=True)
+def _hva(regions: NDArray[np.int64], page: int) -> int:
+    row = _row_of(regions, page)
+    return int(regions[row, 2] + (page - regions[row, 0]) * PAGE_SIZE)
+
+
+@njit(types.int64(types.int32, types.uint64, _I8), cache=True, nogil=True)
+def _ask(uffd: int, request: int, room: NDArray[np.int64]) -> int:
+    while True:
+        answer = native.ioctl(uffd, request, room.ctypes.data)
+        if answer != -_EAGAIN:
+            return answer
+        native.poll(0, 0, 1)
+
+
+@njit(types.int64(types.int32, _ROWS, _ROWS, types.int64), cache=True, nogil=True)
+def protect(uffd: int, regions: NDArray[np.int64], runs: NDArray[np.int64], protected: int) -> int:
+    """Write-protect runs (1), or lift that and wake who waits to write (0)."""
+    room = np.empty(3, dtype=np.int64)
+    for index in range(runs.shape[0]):
+        room[0], room[1], room[2] = _hva(regions, runs[index, 0]), runs[index, 1] * PAGE_SIZE, protected
+        answer = _ask(uffd, _PROTECT, room)
+        if answer < 0:
+            return answer
+    return 0
+
+
+@njit(types.int64(types.int32, _ROWS, _ROWS), cache=True, nogil=True)
+def wake(uffd: int, regions: NDArray[np.int64], runs: NDArray[np.int64]) -> int:
+    """Let threads that wait for pages of the runs look again."""
+    room = np.empty(2, dtype=np.int64)
+    for index in range(runs.shape[0]):
+        room[0], room[1] = _hva(regions, runs[index, 0]), runs[index, 1] * PAGE_SIZE
+        answer = _ask(uffd, _WAKE, room)
+        if answer < 0:
+            return answer
+    return 0
+
+
+@njit(types.int64(_ROWS, _ROWS, _U1), cache=True, nogil=True)
+def read(regions: NDArray[np.int64], runs: NDArray[np.int64], into: NDArray[np.uint8]) -> int:
+    """Read the runs from the guest's files into ``into``, one after the other."""
+    at = into.ctypes.data
+    for index in range(runs.shape[0]):
+        row = _row_of(regions, runs[index, 0])
+        offset = regions[row, 3] + (runs[index, 0] - regions[row, 0]) * PAGE_SIZE
+        length = runs[index, 1] * PAGE_SIZE
+        answer = native.pread(regions[row, 4], at, length, offset)
+        if answer != length:
+            return answer if answer < 0 else -_EIO
+        at += length
+    return 0
+
+
+@njit(types.int64(_ROWS, _ROWS), cache=True, nogil=True)
+def punch(regions: NDArray[np.int64], runs: NDArray[np.int64]) -> int:
+    """Free the memory of the runs, which unmaps it."""
+    for index in range(runs.shape[0]):
+        row = _row_of(regions, runs[index, 0])
+        offset = regions[row, 3] + (runs[index, 0] - regions[row, 0]) * PAGE_SIZE
+        answer = native.fallocate(regions[row, 4], _PUNCH, offset, runs[index, 1] * PAGE_SIZE)
+        if answer < 0:
+            return answer
+    return 0
+
+
+@njit(types.int64(types.int32, _ROWS, _ROWS, _U1), cache=True, nogil=True)
+def place(uffd: int, regions: NDArray[np.int64], runs: NDArray[np.int64], content: NDArray[np.uint8]) -> int:
+    """Enter pages that are absent; what is present already stays."""
+    room = np.empty(5, dtype=np.int64)
+    source = content.ctypes.data
+    for index in range(runs.shape[0]):
+        hva = _hva(regions, runs[index, 0])
+        end = hva + runs[index, 1] * PAGE_SIZE
+        while hva < end:
+            room[0], room[1], room[2], room[3], room[4] = hva, source, end - hva, 0, 0
+            answer = native.ioctl(uffd, _COPY, room.ctypes.data)
+            done = room[4] if room[4] != 0 else answer
+            if answer == 0:
+                done = end - hva
+            elif done == -_EEXIST:
+                done = PAGE_SIZE
+            elif done == -_EAGAIN:
+                native.poll(0, 0, 1)
+                continue
+            elif done < 0:
+                return int(done)
+            hva += done
+            source += done
+    return 0
+
+
+@njit(types.int64(types.int32, _ROWS, _ROWS), cache=True, nogil=True)
+def map_present(uffd: int, regions: NDArray[np.int64], runs: NDArray[np.int64]) -> int:
+    """Map pages that the files hold; what is mapped already, or not held, is passed over."""
+    room = np.empty(4, dtype=np.int64)
+    for index in range(runs.shape[0]):
+        hva = _hva(regions, runs[index, 0])
+        end = hva + runs[index, 1] * PAGE_SIZE
+        while hva < end:
+            room[0], room[1], room[2], room[3] = hva, end - hva, 0, 0
+            answer = native.ioctl(uffd, _CONTINUE, room.ctypes.data)
+            done = room[3] if room[3] != 0 else answer
+            if answer == 0:
+                done = end - hva
+            elif done == -_EEXIST or done == -_EFAULT:  # compiled as it stands
+                done = PAGE_SIZE
+            elif done == -_EAGAIN:
+                native.poll(0, 0, 1)
+                continue
+            elif done < 0:
+                return int(done)
+            hva += done
+    return 0
+
+
+@njit(types.int64(_U1, _I8, types.boolean[::1]), cache=True, nogil=True)
+def claim(flags: NDArray[np.uint8], pages: NDArray[np.int64], ours: NDArray[np.bool_]) -> int:
+    """Claim pages, each on its own, and say of each whether it is ours now; how many are."""
+    count = 0
+    for index in range(pages.size):
+        ours[index] = claim_one(flags, pages[index])
+        count += ours[index]
+    return count
+
+
+@njit(types.void(_U1, _I8), cache=True, nogil=True)
+def release(flags: NDArray[np.uint8], pages: NDArray[np.int64]) -> None:
+    """Give claimed pages up; wake who waits for them afterwards."""
+    for index in range(pages.size):
+        release_one(flags, pages[index])

@@ -1,0 +1,351 @@
+"""The fault path of a guest whose absent pages are in stores of this host: one thread, no interpreter, no GIL.
+
+What a fault asks for, by its flags and by where its page is:
+
+===========  ==================  =====================================================================
+flags        where               answer
+===========  ==================  =====================================================================
+WP           any                 lift the protection: nobody is evicting the page, or it would be claimed
+MINOR        any                 map it: UFFDIO_CONTINUE
+none         RESIDENT, ZERO      the page was never written: UFFDIO_ZEROPAGE
+none         POOL, FILE          read the slot, compare its digest, UFFDIO_COPY; then RESIDENT; then the slot is free
+===========  ==================  =====================================================================
+
+A page that is being evicted or fetched is *claimed*; so is one that is being answered for. Whoever fails to claim a
+page leaves it alone, and whoever has claimed it wakes those who wait for it when done, so that they ask again: no lock,
+and no fault is dropped. EEXIST means that the page is there already: wake. EAGAIN means that the address space is
+changing, and will be until its event has been read: the fault is kept and tried again after the messages that wait.
+
+A slot that does not hold what was put there is not given out: the page is poisoned (Linux 6.6), an access to it is a
+memory error, and the guest goes on without it or ends. Where the kernel cannot, the access waits for ever.
+
+Sources: userfaultfd(2), ioctl_userfaultfd(2), Linux Documentation/admin-guide/mm/userfaultfd.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+
+from outboard.linux import native
+from outboard.linux.userfaultfd import (
+    UFFDIO_CONTINUE,
+    UFFDIO_COPY,
+    UFFDIO_POISON,
+    UFFDIO_WAKE,
+    UFFDIO_WRITEPROTECT,
+    UFFDIO_ZEROPAGE,
+    EventKind,
+    FaultFlag,
+)
+from outboard.pager.latency import record
+from outboard.pages import PAGE_SIZE
+from outboard.pages.content import page_digest
+from outboard.pages.residency import Where
+from outboard.pages.shared import claim_one, release_one
+
+MESSAGE_WORDS = 4
+"""struct uffd_msg in words of eight bytes: event, flags, address, thread."""
+AT_ONCE = 64
+_HEAR = 256
+"""Looks at the userfaultfds between two looks at the commands, while faults keep coming."""
+MOST_SPACES = 8
+"""The guest's address space, and those of children that it has forked."""
+
+
+class Reason(IntEnum):
+    """Why :func:`serve` came back; ``State`` has the details."""
+
+    COMMAND = 0
+    EVENT = 1
+    """The address space changes: kind, first, second, third, and whose."""
+    GONE = 2
+    """An address space has ended: whose."""
+    DAMAGED = 3
+    """A page was poisoned: its number."""
+    FAILED = 4
+    """A request failed: errno, page."""
+
+
+class State(IntEnum):
+    """Words that :func:`serve` keeps between two calls."""
+
+    AT = 0
+    COUNT = 1
+    SPACE = 2
+    RETRIES = 3
+    DETAIL = 4
+    """Five words."""
+    SIZE = 9
+
+
+class Count(IntEnum):
+    """Counters of faults, by how they were answered."""
+
+    POOL = 0
+    FILE = 1
+    ZERO = 2
+    MINOR = 3
+    WP = 4
+    LEFT = 5
+    """Left to whoever had claimed the page."""
+    RACED = 6
+    AGAIN = 7
+    DAMAGED = 8
+    SIZE = 9
+
+
+_PAGEFAULT = int(EventKind.PAGEFAULT)
+_WP_FAULT, _MINOR_FAULT = int(FaultFlag.WP), int(FaultFlag.MINOR)
+_COPY, _ZEROPAGE, _CONTINUE = UFFDIO_COPY.number, UFFDIO_ZEROPAGE.number, UFFDIO_CONTINUE.number
+_PROTECT, _WAKE, _POISON = UFFDIO_WRITEPROTECT.number, UFFDIO_WAKE.number, UFFDIO_POISON.number
+_PEER, _RESIDENT, _POOL = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL)
+_DONT_WAKE = 2
+"""UFFDIO_WRITEPROTECT_MODE_DONTWAKE."""
+_EEXIST, _EAGAIN, _ENOENT, _ESRCH, _EIO = errno.EEXIST, errno.EAGAIN, errno.ENOENT, errno.ESRCH, errno.EIO
+_DAMAGED = -4096
+"""An answer that no errno is."""
+_S_AT, _S_COUNT, _S_SPACE, _S_RETRIES, _S_DETAIL = (int(one) for one in list(State)[:5])
+_C_POOL, _C_ZERO, _C_MINOR, _C_WP = int(Count.POOL), int(Count.ZERO), int(Count.MINOR), int(Count.WP)
+_C_LEFT, _C_RACED, _C_AGAIN, _C_DAMAGED = int(Count.LEFT), int(Count.RACED), int(Count.AGAIN), int(Count.DAMAGED)
+_R_COMMAND, _R_EVENT, _R_GONE, _R_DAMAGED, _R_FAILED = (int(one) for one in Reason)
+
+
+class Table(NamedTuple):
+    """What a fault is looked up in; all of it live.
+
+    ``regions`` (int64, three a row): first page, pages, HVA. ``files``: the descriptor of each store, by ``Where``.
+    """
+
+    regions: NDArray[np.int64]
+    where: NDArray[np.uint8]
+    locator: NDArray[np.uint64]
+    claimed: NDArray[np.uint8]
+    files: NDArray[np.int32]
+    pool_taken: NDArray[np.uint8]
+    pool_digests: NDArray[np.uint64]
+    file_taken: NDArray[np.uint8]
+    file_digests: NDArray[np.uint64]
+
+
+class Desk(NamedTuple):
+    """What serving works with and keeps between two calls; ``counts`` and ``histogram`` are read by others."""
+
+    messages: NDArray[np.uint64]
+    polled: NDArray[np.uint64]
+    retries: NDArray[np.int64]
+    staging: NDArray[np.uint8]
+    room: NDArray[np.int64]
+    state: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    histogram: NDArray[np.uint64]
+
+
+_REGIONS = types.int64[:, ::1]
+_I4, _I8, _U1, _U8 = types.int32[::1], types.int64[::1], types.uint8[::1], types.uint64[::1]
+_TABLE = types.NamedTuple(  # type: ignore[no-untyped-call]
+    (_REGIONS, _U1, _U8, _U1, _I4, _U1, _U8, _U1, _U8), Table
+)
+_DESK = types.NamedTuple(  # type: ignore[no-untyped-call]
+    (_U8, _U8, types.int64[:, ::1], _U1, _I8, _I8, _I8, _U8), Desk
+)
+
+
+@njit(types.int64(_REGIONS, types.int64), cache=True, nogil=True)
+def page_of(regions: NDArray[np.int64], address: int) -> int:
+    """The page at an address; -1 where the guest has none. ``regions``: first page, pages, HVA, each a row."""
+    for row in range(regions.shape[0]):
+        inside = (address - regions[row, 2]) // PAGE_SIZE
+        if 0 <= inside < regions[row, 1]:
+            return regions[row, 0] + inside  # type: ignore[no-any-return]
+    return -1
+
+
+@njit(types.void(types.int32, _I8, types.int64, types.int64), cache=True, nogil=True)
+def _wake(uffd: int, room: NDArray[np.int64], hva: int, length: int) -> None:
+    room[0], room[1] = hva, length
+    native.ioctl(uffd, _WAKE, room.ctypes.data)
+
+
+@njit(types.int64(types.int32, _I8, types.int64, types.int64), cache=True, nogil=True)
+def _place(uffd: int, room: NDArray[np.int64], hva: int, source: int) -> int:
+    room[0], room[1], room[2], room[3], room[4] = hva, source, PAGE_SIZE, 0, 0
+    answer = native.ioctl(uffd, _COPY, room.ctypes.data)
+    return room[4] if answer < 0 and room[4] < 0 else answer
+
+
+@njit(types.int64(types.int32, types.uint64, _I8, types.int64), cache=True, nogil=True)
+def _settle(uffd: int, request: int, room: NDArray[np.int64], hva: int) -> int:
+    """UFFDIO_ZEROPAGE, UFFDIO_CONTINUE or UFFDIO_POISON of one page."""
+    room[0], room[1], room[2], room[3] = hva, PAGE_SIZE, 0, 0
+    answer = native.ioctl(uffd, request, room.ctypes.data)
+    return room[3] if answer < 0 and room[3] < 0 else answer
+
+
+@njit(types.int64(types.int32, _I8, types.int64, types.int64), cache=True, nogil=True)
+def _unprotect(uffd: int, room: NDArray[np.int64], hva: int, mode: int) -> int:
+    room[0], room[1], room[2] = hva, PAGE_SIZE, mode
+    return native.ioctl(uffd, _PROTECT, room.ctypes.data)
+
+
+@njit(types.int64(types.int32, _I8, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+def _from_store(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: Table, desk: Desk) -> int:
+    at, slot = table.where[page], int(np.int64(table.locator[page]))
+    taken, digests = (table.pool_taken, table.pool_digests) if at == _POOL else (table.file_taken, table.file_digests)
+    source = desk.staging.ctypes.data
+    got = native.pread(table.files[at], source, PAGE_SIZE, slot * PAGE_SIZE)
+    if got != PAGE_SIZE or (digests.size and page_digest(source) != digests[slot]):
+        # Punching leaves the mark of the protection in the page table, and a mark is not poisoned.
+        _unprotect(uffd, room, hva, _DONT_WAKE)
+        _settle(uffd, _POISON, room, hva)
+        desk.counts[_C_DAMAGED] += 1
+        return _DAMAGED
+    answer = _place(uffd, room, hva, source)
+    if answer == 0 or answer == -_EEXIST:  # compiled as it stands
+        table.where[page] = _RESIDENT
+        release_one(taken, slot)
+        desk.counts[_C_POOL + at - _POOL] += 1
+    return answer
+
+
+@njit(types.int64(types.int32, types.int64, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk) -> int:
+    """Answer one fault; 0, or a negated errno, or _DAMAGED."""
+    counts, room, where = desk.counts, desk.room, table.where
+    if not claim_one(table.claimed, page):
+        counts[_C_LEFT] += 1
+        return 0
+    if flags & _WP_FAULT:
+        result = _unprotect(uffd, room, hva, 0)
+        counts[_C_WP] += 1
+    elif flags & _MINOR_FAULT:
+        result = _settle(uffd, _CONTINUE, room, hva)
+        counts[_C_MINOR] += 1
+    elif where[page] >= _POOL:
+        result = _from_store(uffd, room, hva, page, table, desk)
+    elif where[page] == _PEER:
+        result = -_EIO
+    else:
+        result = _settle(uffd, _ZEROPAGE, room, hva)
+        if result == 0:
+            where[page] = _RESIDENT
+            counts[_C_ZERO] += 1
+    release_one(table.claimed, page)
+    if result == -_EEXIST:
+        _wake(uffd, room, hva, PAGE_SIZE)
+        counts[_C_RACED] += 1
+        return 0
+    if result == -_EAGAIN:
+        counts[_C_AGAIN] += 1
+    return result
+
+
+@njit(types.int64(_I4, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+def _work_off(uffds: NDArray[np.int32], space: int, address: int, table: Table, desk: Desk) -> int:
+    """Answer the fault at ``address``, whose flags are in ``state[DETAIL]``; its time goes into the histogram."""
+    page = page_of(table.regions, address)
+    if page < 0:
+        return 0
+    began = native.monotonic_ns(desk.room)
+    result = _answer(uffds[space], address & -PAGE_SIZE, page, desk.state[_S_DETAIL], table, desk)
+    if result == 0:
+        record(desk.histogram, native.monotonic_ns(desk.room) - began)
+    elif result == -_EAGAIN:
+        kept = desk.retries[desk.state[_S_RETRIES]]
+        kept[0], kept[1], kept[2] = space, desk.state[_S_DETAIL], address
+        desk.state[_S_RETRIES] += 1
+    elif result == _DAMAGED:
+        desk.state[_S_DETAIL] = page
+    elif result == -_ENOENT:
+        # The mapping has gone since, and with it whoever waited.
+        return 0
+    else:
+        desk.state[_S_DETAIL], desk.state[_S_DETAIL + 1] = -result, page
+    return result
+
+
+@njit(types.int64(_I4, _TABLE, _DESK), cache=True, nogil=True)
+def _messages(uffds: NDArray[np.int32], table: Table, desk: Desk) -> int:
+    """Work off the messages that were read, and those kept from before; -1, or a Reason to come back."""
+    state = desk.state
+    again = state[_S_RETRIES]
+    while state[_S_AT] < state[_S_COUNT] or again > 0:
+        if state[_S_AT] < state[_S_COUNT]:
+            at = state[_S_AT] * MESSAGE_WORDS
+            state[_S_AT] += 1
+            space = state[_S_SPACE]
+            state[_S_DETAIL] = np.int64(desk.messages[at + 1])
+            address = int(np.int64(desk.messages[at + 2]))
+            kind = np.int64(desk.messages[at] & np.uint64(0xFF))
+            if kind != _PAGEFAULT:
+                third = np.int64(desk.messages[at + 3])
+                details = (kind, state[_S_DETAIL], address, third, space)
+                for word in range(5):
+                    state[_S_DETAIL + word] = details[word]
+                return _R_EVENT
+        else:
+            # The oldest first; what fails again goes to the end.
+            again -= 1
+            space, state[_S_DETAIL], address = desk.retries[0, 0], desk.retries[0, 1], desk.retries[0, 2]
+            state[_S_RETRIES] -= 1
+            desk.retries[: state[_S_RETRIES]] = desk.retries[1 : state[_S_RETRIES] + 1]
+        result = _work_off(uffds, space, address, table, desk)
+        if result == -_ESRCH:
+            state[_S_DETAIL] = space
+            return _R_GONE
+        if result == _DAMAGED:
+            return _R_DAMAGED
+        if result < 0 and result != -_EAGAIN:
+            return _R_FAILED
+    return -1
+
+
+@njit(types.int64(_I4, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+def serve(uffds: NDArray[np.int32], spaces: int, spin_ns: int, table: Table, desk: Desk) -> int:
+    """Serve faults until something else is to be done; a :class:`Reason`.
+
+    :param uffds: of ``spaces`` address spaces, and behind them a descriptor that is readable when a command has come.
+    :param spin_ns: for how long after a fault to look for the next one before sleeping.
+    """
+    state, room = desk.state, desk.room
+    last = native.monotonic_ns(room)
+    turns = 0
+    while True:
+        reason = _messages(uffds, table, desk)
+        if reason >= 0:
+            return reason
+        turns += 1
+        found = False
+        for space in range(spaces):
+            # Every message read may have to be kept.
+            free = min(AT_ONCE, desk.retries.shape[0] - 1 - state[_S_RETRIES])
+            got = native.read(uffds[space], desk.messages.ctypes.data, free * MESSAGE_WORDS * 8)
+            if got > 0:
+                state[_S_AT], state[_S_COUNT], state[_S_SPACE] = 0, got // (MESSAGE_WORDS * 8), space
+                found = True
+                break
+            if got != -_EAGAIN:
+                state[_S_DETAIL] = space
+                return _R_GONE
+        timeout = -1
+        if found:
+            last = native.monotonic_ns(room)
+            timeout = 0
+        elif state[_S_RETRIES] > 0:
+            timeout = 1
+        elif native.monotonic_ns(room) - last < spin_ns:
+            timeout = 0
+        # However many faults come, commands are heard.
+        if timeout == 0 and turns % _HEAR:
+            continue
+        for index in range(spaces + 1):
+            # struct pollfd: int fd, short events (POLLIN), short revents.
+            desk.polled[index] = np.uint64(uffds[index]) | np.uint64(1) << np.uint64(32)
+        native.poll(desk.polled.ctypes.data, spaces + 1, timeout)
+        if desk.polled[spaces] >> np.uint64(48):
+            return _R_COMMAND

@@ -1,0 +1,211 @@
+"""Placing pages and serving faults, in a process whose memory is absent at first."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from outboard.linux import proc
+from outboard.pager.arriving import ArrivingMemory
+from outboard.pager.peer_faults import FaultCounters, PeerFaultServer
+from outboard.pages.pageset import PageSet
+from outboard.pages.residency import Where
+from outboard.stores.peer import PeerStore
+from outboard.wire.channel import Channel
+from outboard.wire.frames import Kind
+from tests.support.process_guest import guest_of
+from tests.support.target import Target
+
+
+def word(number: int) -> bytearray:
+    """A page that begins with a word."""
+    return bytearray(number.to_bytes(8, "little") + bytes(4088))
+
+
+def place(pager: ArrivingMemory, first: int, content: bytearray) -> None:
+    view = memoryview(content)
+    pager.place(first, view, ctypes.addressof(ctypes.c_char.from_buffer(content)))
+
+
+class Scene:
+    """A target, its pager, and a peer that answers requests with 1000 + the page's number."""
+
+    def __init__(self) -> None:
+        self.target = Target(mebibytes=4)
+        self.guest = guest_of(self.target)
+        self.pager = ArrivingMemory(self.guest)
+        ours, theirs = socket.socketpair()
+        self._theirs = Channel(theirs, "peer", self.target.pages)
+        self._link, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.counters = FaultCounters()
+        self.asked: list[int] = []
+        self.silent: set[int] = set()
+        server = PeerFaultServer(self.pager, PeerStore(Channel(ours, "source", self.target.pages)), self.counters, link)
+        self._server = threading.Thread(target=server.serve)
+        self._server.start()
+        self._ours, self._far_link = ours, link
+        self._peer = threading.Thread(target=self._answer)
+        self._peer.start()
+
+    def _answer(self) -> None:
+        while True:
+            frame = self._theirs.receive()
+            if frame.kind is not Kind.REQUEST:
+                return
+            for page in self._theirs.requested(frame):
+                self.asked.append(page)
+                if page not in self.silent:
+                    zero = np.array([page % 10 == 9])
+                    content = b"" if zero[0] else bytes(word(1000 + page))
+                    self._theirs.send_pages([(page, 1)], zero, memoryview(content))
+
+    def tell(self, command: bytes) -> None:
+        self._link.send(command)
+
+    def close(self) -> None:
+        self.tell(b"stop")
+        self._server.join()
+        Channel(self._ours, "source").send_message(b"end")
+        self._peer.join()
+        for one in (self._ours, self._theirs, self._link, self._far_link):
+            one.close()
+        self.target.__exit__(None, None, None)
+        self.pager.release()
+        self.guest.memory.close()
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    made = Scene()
+    yield made
+    made.close()
+
+
+def test_a_fault_is_answered_by_the_peer(scene: Scene) -> None:
+    scene.tell(b"open")
+    assert scene.target.ask("r 7") == "1007"
+    assert scene.target.ask("r 7") == "1007"
+    assert scene.target.ask("r 19") == "0"
+    assert scene.asked == [7, 19]
+    while scene.counters.statistics().remote < 2:
+        os.sched_yield()
+    assert scene.counters.statistics().latencies.count == 2
+    assert scene.pager.residency.where[7] == Where.RESIDENT
+
+
+def test_requests_are_held_until_the_peer_is_final(scene: Scene) -> None:
+    scene.target.say("r 7")
+    place(scene.pager, 8, word(8))
+    assert scene.asked == []
+    scene.tell(b"open")
+    assert scene.target.answer() == "1007"
+
+
+def test_what_was_placed_before_takes_no_fault(scene: Scene) -> None:
+    place(scene.pager, 20, word(1) + word(2) + word(3))
+    scene.tell(b"open")
+    assert [scene.target.ask(f"r {page}") for page in (20, 21, 22)] == ["1", "2", "3"]
+    assert scene.asked == []
+    assert scene.counters.statistics().remote == 0
+
+
+def test_before_the_guest_runs_the_later_content_stands(scene: Scene) -> None:
+    place(scene.pager, 5, word(1))
+    place(scene.pager, 4, word(2) + word(3) + word(4))
+    assert [scene.target.ask(f"r {page}") for page in (4, 5, 6)] == ["2", "3", "4"]
+
+
+def test_once_it_runs_what_is_present_stands(scene: Scene) -> None:
+    place(scene.pager, 5, word(1))
+    scene.pager.run()
+    assert scene.target.ask("w 5 77") == "written"
+    place(scene.pager, 4, word(2) + word(3) + word(4))
+    assert [scene.target.ask(f"r {page}") for page in (4, 5, 6)] == ["2", "77", "4"]
+
+
+def test_known_zeros_cost_neither_a_request_nor_memory(scene: Scene) -> None:
+    scene.tell(b"open")
+    scene.pager.note_zeros(30, 10)
+    assert len(scene.guest.memory.populated()) == 0
+    assert scene.target.ask("r 33") == "0"
+    assert scene.asked == []
+    while not scene.counters.statistics().zero:
+        os.sched_yield()
+    assert len(scene.guest.memory.populated()) == 1
+
+
+def test_a_page_that_turns_out_zero_while_it_is_waited_for(scene: Scene) -> None:
+    scene.tell(b"open")
+    scene.silent.add(40)
+    scene.target.say("r 40")
+    while not scene.asked:
+        os.sched_yield()
+    scene.pager.run()
+    scene.pager.note_zeros(40, 1)
+    assert scene.target.answer() == "0"
+
+
+def test_the_bulk_brings_a_page_that_is_waited_for(scene: Scene) -> None:
+    scene.tell(b"open")
+    scene.silent.add(40)
+    scene.target.say("r 40")
+    while not scene.asked:
+        os.sched_yield()
+    scene.pager.run()
+    assert scene.pager.waiting[40]
+    place(scene.pager, 40, word(4))
+    assert scene.target.answer() == "4"
+    scene.tell((40).to_bytes(8, "little"))
+    while not scene.counters.statistics().remote:
+        os.sched_yield()
+
+
+def test_a_set_of_zeros_leaves_what_is_present(scene: Scene) -> None:
+    place(scene.pager, 5, word(1))
+    scene.pager.note_zero_set(PageSet.full(scene.target.pages))
+    assert scene.pager.residency.count(Where.PEER) == 0
+    assert scene.target.ask("r 5") == "1"
+    assert scene.target.ask("r 6") == "0"
+
+
+def test_forgotten_pages_are_absent_again(scene: Scene) -> None:
+    place(scene.pager, 5, word(1) + word(2))
+    scene.pager.forget(PageSet.from_runs(scene.target.pages, np.array([[6, 1]])))
+    scene.tell(b"open")
+    assert scene.target.ask("r 5") == "1"
+    assert scene.target.ask("r 6") == "1006"
+    scene.pager.run()
+    with pytest.raises(ValueError, match="truth"):
+        scene.pager.forget(PageSet(scene.target.pages))
+
+
+def test_zeros_replace_content_before_the_guest_runs(scene: Scene) -> None:
+    place(scene.pager, 5, word(1))
+    scene.pager.note_zeros(5, 1)
+    assert scene.target.ask("r 5") == "0"
+
+
+def test_released_memory_is_the_processes_own() -> None:
+    with Target(mebibytes=1) as target:
+        guest = guest_of(target)
+        before = set(proc.descriptors(target.pid))
+        pager = ArrivingMemory(guest)
+        place(pager, 0, word(3))
+        assert len(set(proc.descriptors(target.pid)) - before) == 1
+        pager.release()
+        assert set(proc.descriptors(target.pid)) == before
+        assert target.ask("r 0") == "3"
+        assert target.ask("r 1") == "0"
+        guest.memory.close()
+
+
+def test_while_nobody_serves_a_fault_waits_and_a_successor_answers_it(scene: Scene) -> None:
+    scene.target.say("r 50")
+    scene.tell(b"open")
+    assert scene.target.answer() == "1050"
