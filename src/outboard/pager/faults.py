@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError
+from outboard.linux import prctl
 from outboard.linux.libc import close
 from outboard.linux.userfaultfd import EventKind
 from outboard.pager.latency import Latencies, LatencyHistogram
@@ -70,7 +71,7 @@ class FaultServer:
     def start(self) -> None:
         """Serve from now on, also what has waited. Idempotent."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="faults", daemon=True)
+            self._thread = threading.Thread(target=self._serve, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -90,6 +91,7 @@ class FaultServer:
         close(self._bell)
 
     def _serve(self) -> None:
+        prctl.set_name("outboard-faults")
         state = self._desk.state
         while True:
             reason = serve(self.uffds, self.spaces, SPIN_NS, self._table, self._desk)

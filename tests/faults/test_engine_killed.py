@@ -1,0 +1,139 @@
+"""The pager's process is killed at each of its system calls in turn, under writers that verify what they wrote."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from outboard.pager.pager import Pager
+from outboard.pages.pageset import PageSet
+from outboard.pages.residency import Residency, Where
+from outboard.stores.file import FileStore
+from tests.support.killing import killed_at
+from tests.support.process_guest import guest_of
+from tests.support.requirements import require
+from tests.support.target import Target
+
+PAGES = 1024
+SOME = np.array([[0, 3], [40, 1], [100, 30], [700, 2]], dtype=np.int64)
+
+
+class Scene:
+    """A target with three writers, and what is left of its pagers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.target = Target(mebibytes=PAGES >> 8)
+        self.guest = guest_of(self.target)
+        self.journal = directory
+        self.pager: Pager | None = None
+        self.chance = random.Random(7)
+        self.target.ask("g")
+        self.writing = True
+
+    def engage(self) -> Pager:
+        stores = {where: FileStore(self.journal / where.name, PAGES) for where in (Where.POOL, Where.FILE)}
+        self.pager = Pager(self.guest, Residency(PAGES, self.journal), stores)
+        return self.pager
+
+    def calm(self) -> None:
+        """Stop the writers, who look whether everything is as they left it. Idempotent."""
+        if self.writing:
+            self.writing = False
+            assert self.target.ask("s").startswith("bad 0 of ")
+
+    def some(self) -> PageSet:
+        return PageSet.from_runs(PAGES, SOME)
+
+    def survive(self) -> None:
+        """A successor takes over, moves pages about, and goes in peace."""
+        pager = self.engage()
+        pages = PageSet.from_runs(PAGES, np.array([[self.chance.randrange(900), 100]]))
+        pager.evict(pages, self.chance.choice([Where.POOL, Where.FILE]))
+        pager.fetch(PageSet.from_runs(PAGES, np.array([[self.chance.randrange(900), 100]])))
+        assert pager.failure is None
+        pager.close()
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    require("root")
+    directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    made = Scene(directory)
+    with made.target, made.guest:
+        yield made
+        last = made.engage()
+        made.calm()
+        assert made.target.ask("t").split()[1] == str(PAGES * (PAGES - 1) // 2)
+        last.release()
+    shutil.rmtree(directory)
+
+
+def kills(
+    scene: Scene,
+    prepare: Callable[[], object],
+    work: Callable[[], object],
+    thread: str | None = None,
+    most: int = 1000,
+) -> int:
+    """Kill at every stop until the work gets through, or ``most`` times; how many times."""
+    for stop in range(1, most):
+        if not killed_at(stop, prepare, work, thread):
+            scene.survive()
+            return stop
+        scene.survive()
+    return most
+
+
+@pytest.mark.parametrize("to", [Where.POOL, Where.FILE])
+def test_while_evicting(scene: Scene, to: Where) -> None:
+    def work() -> None:
+        assert scene.pager is not None
+        scene.pager.evict(scene.some(), to)
+
+    assert kills(scene, scene.engage, work) > 20
+
+
+@pytest.mark.parametrize("at", [Where.POOL, Where.FILE])
+def test_while_fetching(scene: Scene, at: Where) -> None:
+    # Nobody else brings them back meanwhile.
+    scene.engage()
+    scene.calm()
+    assert scene.pager is not None
+    scene.pager.close()
+
+    def prepare() -> None:
+        scene.engage().evict(scene.some(), at)
+
+    def work() -> None:
+        assert scene.pager is not None
+        scene.pager.fetch(PageSet.full(PAGES))
+
+    assert kills(scene, prepare, work) > 10
+
+
+def test_while_taking_over(scene: Scene) -> None:
+    def leave() -> None:
+        scene.engage().evict(scene.some(), Where.POOL)
+        assert scene.pager is not None
+        scene.pager.close()
+
+    assert kills(scene, leave, scene.engage) > 20
+
+
+def test_while_serving_faults(scene: Scene) -> None:
+    def prepare() -> None:
+        scene.engage().evict(PageSet.full(PAGES), Where.FILE)
+
+    def work() -> None:
+        # The writers fault while this thread does nothing.
+        assert scene.pager is not None
+        while scene.pager.residency.count(Where.FILE):
+            pass
+
+    assert kills(scene, prepare, work, "outboard-faults", most=60) == 60
