@@ -66,6 +66,14 @@ class Host:
             self._agent.wait(30)
             self._agent = None
 
+    def kill_agent(self) -> None:
+        """End the agent by SIGKILL."""
+        assert self._agent is not None
+        self._agent.kill()
+        self._agent.wait(30)
+        self._agent = None
+        (self.runtime / "agent.sock").unlink()
+
     def command(self, *arguments: str) -> list[str]:
         """The command line of an outboard command."""
         return [sys.executable, "-m", "outboard", *arguments]
@@ -92,12 +100,12 @@ class Host:
 
 
 class Cluster:
-    """Hosts ``a`` and ``b``; a context manager."""
+    """Hosts ``a`` and ``b``, at loopback addresses from ``first`` on; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 11) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="outboard-cluster-"))
         create_authority(self.root / "ca")
-        addresses = {"a": "127.0.0.11", "b": "127.0.0.12"}
+        addresses = {"a": f"127.0.0.{first}", "b": f"127.0.0.{first + 1}"}
         self.hosts = {}
         for name, address in addresses.items():
             issue_host(self.root / "ca", self.root / "pki" / name, name, [address])

@@ -27,9 +27,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from outboard.agent.config import AgentConfig, socket_path, state_dir
-from outboard.agent.engine import Depart, Ended, Ready, Receive, Refused, run_engine
+from outboard.agent.engine import Depart, Ended, Manage, Ready, Receive, Refused, run_engine
 from outboard.agent.history import History
 from outboard.agent.migrations import Migrations, Running
+from outboard.agent.supervisor import Supervisor
 from outboard.errors import NotAuthorisedError, OutboardError, RefusedError, UnreachableError, UsageError, error_of
 from outboard.linux import sched
 from outboard.migrate import messages
@@ -75,9 +76,10 @@ class Agent:
         self._history = History(state_dir() / "history.db")
         self._engines = multiprocessing.get_context("forkserver")
         self._engines.set_forkserver_preload(["outboard.agent.engine", "click"])
+        self._supervisor = Supervisor(self._start_engine, registry, state_dir() / "swap")
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def _start_engine(self, task: Depart | Receive) -> Connection:
+    def _start_engine(self, task: Depart | Receive | Manage) -> Connection:
         ours, theirs = self._engines.Pipe()
         engine = self._engines.Process(
             target=run_engine,
@@ -100,6 +102,12 @@ class Agent:
         if any(running.vm == record.name for running in self._migrations.active()):
             raise RefusedError(
                 "migrating", f"{record.name} is being migrated already; outboard cancel {record.name} stops that"
+            )
+        if record.memory_directory.exists():
+            raise RefusedError(
+                "managed",
+                f"the memory of {record.name} is managed, some of it may be away; outboard release {record.name} "
+                "brings it back, then migrate",
             )
         migration = secrets.token_hex(8)
         task = Depart(
@@ -194,6 +202,14 @@ class Agent:
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
+    async def _ensure_engine(self, request: Request) -> Response:
+        path = await asyncio.to_thread(self._supervisor.ensure, request.path_params["vm"])
+        return JSONResponse({"control": os.fspath(path)})
+
+    async def _upgrade_engine(self, request: Request) -> Response:
+        engine = await asyncio.to_thread(self._supervisor.upgrade, request.path_params["vm"])
+        return JSONResponse({"engine": engine})
+
     async def _patch(self, request: Request) -> Response:
         try:
             wanted = msgspec.json.decode(await request.body(), type=LimitRequest)
@@ -217,6 +233,8 @@ class Agent:
                 Route("/v1/migrations/{name}", self._patch, methods=["PATCH"]),
                 Route("/v1/migrations/{name}/reports", self._get_reports, methods=["GET"]),
                 Route("/v1/migrations/{name}/cancel", self._cancel, methods=["POST"]),
+                Route("/v1/engines/{vm}", self._ensure_engine, methods=["PUT"]),
+                Route("/v1/engines/{vm}/upgrade", self._upgrade_engine, methods=["POST"]),
             ],
             exception_handlers={OutboardError: _explain},
         )
@@ -237,6 +255,7 @@ class Agent:
         warm = self._engines.Process(target=_nothing)
         warm.start()
         warm.join()
+        self._supervisor.adopt()
         listener = Listener(self._config.listen, (self._config.port, self._config.port), self._identity)
         threading.Thread(target=self._listen, args=(listener,), daemon=True, name="peer-port").start()
         log.info("agent is up", name=self._config.name, listen=self._config.listen, port=self._config.port)

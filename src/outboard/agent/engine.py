@@ -8,6 +8,7 @@ switched over has no way back.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from outboard.agent.manager import Manager
 from outboard.errors import OutboardError
 from outboard.linux import prctl, sched
 from outboard.migrate import messages
@@ -56,11 +58,25 @@ class Receive(msgspec.Struct, frozen=True, tag="receive"):
     prepare: Prepare
 
 
+class Manage(msgspec.Struct, frozen=True, tag="manage"):
+    """Manage the memory of a VM of this host; ``successor``: take it over from the engine that does."""
+
+    vm: str
+    swap: str
+    successor: bool
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """An engine that could not even begin, and why."""
 
     why: str
     exit_code: int
+
+
+class Managing(msgspec.Struct, frozen=True, tag="managing"):
+    """A managing engine serves."""
+
+    engine: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -86,6 +102,11 @@ class PipeDesk:
     def fileno(self) -> int:
         return -1 if self._gone else self._pipe.fileno()
 
+    def close(self) -> None:
+        """Nothing more is to be heard or told."""
+        self._pipe.close()
+        self._gone = True
+
     def order(self) -> Order | None:
         try:
             order: Order = msgspec.json.decode(self._pipe.recv_bytes(), type=Order)
@@ -94,7 +115,7 @@ class PipeDesk:
             return None
         return order
 
-    def report(self, report: Progress | Summary | Ready | Refused | Ended) -> None:
+    def report(self, report: Progress | Summary | Ready | Managing | Refused | Ended) -> None:
         with contextlib.suppress(OSError):
             self._pipe.send_bytes(msgspec.json.encode(report))
 
@@ -106,13 +127,15 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
     # It sleeps nearly always, and what it does while a guest is paused is that guest's blackout.
     sched.favour_this_process()
     desk = PipeDesk(pipe)
-    work: Depart | Receive = msgspec.json.decode(task, type=Depart | Receive)
+    work: Depart | Receive | Manage = msgspec.json.decode(task, type=Depart | Receive | Manage)
     try:
         match work:
             case Depart():
                 desk.report(_depart(work, desk, Registry(Path(runtime)), Path(identity)))
             case Receive():
                 _receive(work, desk, Registry(Path(runtime)), Path(identity))
+            case Manage():
+                _manage(work, desk, Registry(Path(runtime)))
     except OutboardError as error:
         desk.report(Refused(why=str(error), exit_code=error.exit_code))
         sys.exit(1)
@@ -143,6 +166,15 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
     if outgoing.machine.state is State.COMPLETED:
         registry.remove(work.vm)
     return summarise(outgoing, source=work.source, attach_ms=attach_ms, error=error)
+
+
+def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
+    """Manage the VM's memory for as long as it runs; the agent is told once, and not needed afterwards."""
+    record = registry.get(work.vm)
+    manager = Manager(record.memory_directory, record.attach, Path(work.swap), successor=work.successor)
+    desk.report(Managing(engine=os.getpid()))
+    desk.close()
+    manager.serve()
 
 
 def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:

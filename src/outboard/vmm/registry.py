@@ -8,6 +8,7 @@ engine.sock        a monitor for Outboard
 guest-agent.sock   the guest agent's port, if the VM has one
 console.log        what the guest wrote to its first serial port
 qemu.log           what QEMU itself had to say
+memory             the journal of the engine that manages the VM's memory, if one does
 =================  ====================================================================
 
 A directory that is being filled is locked with flock(2).
@@ -38,6 +39,7 @@ LOG = "qemu.log"
 QMP_SOCKET = "qmp.sock"
 ENGINE_SOCKET = "engine.sock"
 AGENT_SOCKET = "guest-agent.sock"
+MEMORY = "memory"
 
 
 class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +81,11 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
     def console(self) -> Path:
         """What the guest wrote to its first serial port."""
         return self.directory / CONSOLE
+
+    @property
+    def memory_directory(self) -> Path:
+        """Where the engine that manages its memory keeps its journal; it is there while the VM is managed."""
+        return self.directory / MEMORY
 
     @property
     def alive(self) -> bool:
@@ -197,7 +204,10 @@ def _read(directory: Path) -> VmRecord | None:
 
 def _empty(directory: Path) -> None:
     for path in directory.iterdir():
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,93 @@
+"""What people and agents ask of the engine of a managed guest, and what it answers: JSON over its control socket."""
+
+from __future__ import annotations
+
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from outboard.errors import UnreachableError, error_of
+from outboard.vmm import sockets
+
+_CONNECT_S = 5.0
+
+
+class Evict(msgspec.Struct, frozen=True, tag="evict"):
+    """Put up to ``most`` bytes (None: all) of pages that are idle for ``idle`` seconds into a store."""
+
+    to: Literal["pool", "file"] = "file"
+    most: int | None = None
+    idle: float = 5.0
+
+
+class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
+    """Bring every page back, and go on managing the guest."""
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Bring every page back, and let the guest go."""
+
+
+class Look(msgspec.Struct, frozen=True, tag="look"):
+    """Tell how things are."""
+
+
+class HandOver(msgspec.Struct, frozen=True, tag="hand-over"):
+    """Let go of the guest as it is, to a successor."""
+
+
+Order = Evict | Fetch | Release | Look | HandOver
+
+
+class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.residency.v1"):
+    """How things are, after an order was carried out; in bytes, counts and microseconds.
+
+    ``moved``: bytes that the order has moved.
+    """
+
+    vm: str
+    engine: int
+    memory: int
+    resident: int
+    zero: int
+    pool: int
+    file: int
+    moved: int
+    faults: int
+    fault_p50_us: float | None
+    fault_p99_us: float | None
+    failure: str | None
+
+
+class Failed(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.failed.v1"):
+    """An order that could not be carried out."""
+
+    why: str
+    exit_code: int
+
+
+def ask(path: Path, order: Order, timeout: float | None = None) -> Looked:
+    """Give an order to the engine that listens at ``path``; how things are afterwards.
+
+    :param timeout: seconds until its answer; as long as it takes when not given.
+    :raise UnreachableError: nobody listens, or the engine ended meanwhile.
+    :raise OutboardError: it could not do that.
+    """
+    reached = sockets.connect(path, _CONNECT_S, "the engine of this VM")
+    reached.settimeout(None)
+    with Connection(reached.detach()) as connection:
+        try:
+            connection.send_bytes(msgspec.json.encode(order))
+            if not connection.poll(timeout):
+                raise UnreachableError(f"the engine at {os.fspath(path)} has not answered within {timeout} s")
+            answer: Looked | Failed = msgspec.json.decode(connection.recv_bytes(), type=Looked | Failed)
+        except (EOFError, OSError) as error:
+            raise UnreachableError(
+                f"the engine at {os.fspath(path)} ended before it answered; no page is lost, the agent starts another"
+            ) from error
+    if isinstance(answer, Failed):
+        raise error_of(answer.exit_code, answer.why)
+    return answer

@@ -1,0 +1,139 @@
+"""Keeps an engine running for each VM of this host whose memory is managed.
+
+Whether a VM is managed is not ours to remember: the journal's directory is there while it is. An engine that dies is
+replaced, also one that an earlier agent started; a guest that waits for a page waits no longer than that takes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from outboard.agent.engine import Manage, Managing, Refused
+from outboard.agent.manager import CONTROL
+from outboard.agent.orders import Look, ask
+from outboard.errors import KernelError, NotFoundError, OutboardError, UnreachableError, error_of
+from outboard.linux import pidfd
+from outboard.vmm.registry import Registry
+
+_READY_S = 30.0
+_OFTEN, _WITHIN_S, _REST_S = 20, 5.0, 1.0
+"""An engine that has died so often so soon is let rest before the next one."""
+
+log = structlog.get_logger()
+
+
+class Supervisor:
+    """The engines of the managed VMs.
+
+    :param start: starts an engine for a task; its pipe.
+    :param swap: the directory of the swap files.
+
+    Synchronization: any thread.
+    """
+
+    def __init__(self, start: Callable[[Manage], Connection], registry: Registry, swap: Path) -> None:
+        self._start = start
+        self._registry = registry
+        self._swap = swap
+        self._lock = threading.Lock()
+        self._watched: dict[str, int] = {}
+        self._deaths: dict[str, deque[float]] = {}
+
+    def adopt(self) -> None:
+        """Find the VMs that are managed, or were when an earlier agent ended."""
+        for record in self._registry.list():
+            if record.alive and record.memory_directory.exists():
+                try:
+                    self.ensure(record.name)
+                except OutboardError as error:
+                    log.error("a managed VM has no engine", vm=record.name, why=str(error))
+
+    def ensure(self, vm: str) -> Path:
+        """See to it that an engine manages ``vm``; where it takes orders.
+
+        :raise NotFoundError: no such VM.
+        :raise OutboardError: it cannot be managed, and why.
+        """
+        with self._lock:
+            path = self._registry.get(vm).memory_directory / CONTROL
+            try:
+                engine = ask(path, Look(), timeout=5.0).engine
+            except UnreachableError:
+                engine = self._run(vm, successor=False)
+            self._watch(vm, engine)
+            return path
+
+    def upgrade(self, vm: str) -> int:
+        """Have a new engine take ``vm`` over from the one that manages it; its pid.
+
+        :raise NotFoundError: no such VM, or nobody manages it.
+        """
+        with self._lock:
+            if not self._registry.get(vm).memory_directory.exists():
+                raise NotFoundError(f"the memory of {vm} is not managed; outboard evict {vm} begins that")
+            engine = self._run(vm, successor=True)
+            self._watch(vm, engine)
+            return engine
+
+    def _run(self, vm: str, *, successor: bool) -> int:
+        pipe = self._start(Manage(vm=vm, swap=str(self._swap / vm), successor=successor))
+        try:
+            if not pipe.poll(_READY_S):
+                raise UnreachableError(f"no engine was ready to manage {vm} in {_READY_S:.0f} s")
+            answer: Managing | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Managing | Refused)
+        except (EOFError, OSError) as error:
+            raise UnreachableError(
+                f"the engine that was to manage {vm} died at once; the agent's log may say why"
+            ) from error
+        finally:
+            pipe.close()
+        if isinstance(answer, Refused):
+            raise error_of(answer.exit_code, answer.why)
+        log.info("memory is managed", vm=vm, engine=answer.engine)
+        return answer.engine
+
+    def _watch(self, vm: str, engine: int) -> None:
+        if self._watched.get(vm) != engine:
+            self._watched[vm] = engine
+            threading.Thread(target=self._await_end, args=(vm, engine), daemon=True).start()
+
+    def _await_end(self, vm: str, engine: int) -> None:
+        try:
+            process = pidfd.open(engine)
+        except KernelError:
+            # It has ended already.
+            pass
+        else:
+            pidfd.wait(process, None)
+            pidfd.close(process)
+        with self._lock:
+            if self._watched.get(vm) != engine:
+                return
+            del self._watched[vm]
+            try:
+                record = self._registry.get(vm)
+            except OutboardError:
+                return
+            if not record.memory_directory.exists():
+                log.info("memory is managed no more", vm=vm)
+                return
+        self._replace(vm, engine)
+
+    def _replace(self, vm: str, engine: int) -> None:
+        log.warning("an engine died, another takes over", vm=vm, engine=engine)
+        deaths = self._deaths.setdefault(vm, deque(maxlen=_OFTEN))
+        deaths.append(time.monotonic())
+        if len(deaths) == _OFTEN and deaths[-1] - deaths[0] < _WITHIN_S:
+            time.sleep(_REST_S)
+        try:
+            self.ensure(vm)
+        except OutboardError as error:
+            log.error("a managed VM has no engine", vm=vm, why=str(error))
