@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -16,6 +17,15 @@ _WALL = 0x40000000
 
 def _ptrace(request: int, tid: int) -> bool:
     return int(libc.ptrace(ctypes.c_long(request), ctypes.c_long(tid), None, None)) == 0
+
+
+def _thread(pid: int, name: str) -> int:
+    """Wait until a thread has given itself that name."""
+    while True:
+        for one in proc.threads(pid):
+            if one.name == name:
+                return one.tid
+        os.sched_yield()
 
 
 def killed_at(stop: int, prepare: Callable[[], object], work: Callable[[], object], thread: str | None = None) -> bool:
@@ -37,11 +47,10 @@ def killed_at(stop: int, prepare: Callable[[], object], work: Callable[[], objec
             status = 0
         finally:
             os._exit(status)
+    tid = child
     try:
         assert os.read(ready[0], 1) == b"r"
-        tid = child
-        if thread is not None:
-            tid = next(one.tid for one in proc.threads(child) if one.name == thread)
+        tid = child if thread is None else _thread(child, thread)
         assert _ptrace(_SEIZE, tid)
         assert _ptrace(_INTERRUPT, tid)
         os.waitpid(tid, _WALL)
@@ -52,11 +61,12 @@ def killed_at(stop: int, prepare: Callable[[], object], work: Callable[[], objec
             if not os.WIFSTOPPED(status):
                 assert status == 0, "the work failed by itself"
                 return False
-        os.kill(child, signal.SIGKILL)
-        if tid != child:
-            os.waitpid(tid, _WALL)
-        os.waitpid(child, 0)
         return True
     finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            if tid != child:
+                os.waitpid(tid, _WALL)
+            os.waitpid(child, 0)
         for end in (*ready, *go):
             os.close(end)

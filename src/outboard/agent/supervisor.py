@@ -77,7 +77,8 @@ class Supervisor:
         :raise NotFoundError: no such VM, or nobody manages it.
         """
         with self._lock:
-            if not self._registry.get(vm).memory_directory.exists():
+            self._registry.get(vm)
+            if not self._managed(vm):
                 raise NotFoundError(f"the memory of {vm} is not managed; outboard evict {vm} begins that")
             engine = self._run(vm, successor=True)
             self._watch(vm, engine)
@@ -118,14 +119,16 @@ class Supervisor:
             if self._watched.get(vm) != engine:
                 return
             del self._watched[vm]
-            try:
-                record = self._registry.get(vm)
-            except OutboardError:
-                return
-            if not record.memory_directory.exists():
+            if not self._managed(vm):
                 log.info("memory is managed no more", vm=vm)
                 return
         self._replace(vm, engine)
+
+    def _managed(self, vm: str) -> bool:
+        try:
+            return self._registry.get(vm).memory_directory.exists()
+        except NotFoundError:
+            return False
 
     def _replace(self, vm: str, engine: int) -> None:
         log.warning("an engine died, another takes over", vm=vm, engine=engine)

@@ -13,7 +13,8 @@ none         POOL, FILE          read the slot, compare its digest, UFFDIO_COPY;
 
 A page that is being evicted or fetched is *claimed*; so is one that is being answered for. Whoever fails to claim a
 page leaves it alone, and whoever has claimed it wakes those who wait for it when done, so that they ask again: no lock,
-and no fault is dropped. EEXIST means that the page is there already: wake. EAGAIN means that the address space is
+and no fault is dropped. A fault may be answered long after it was told of: where the page has come (EEXIST) or, its
+mapping missing, has gone (EFAULT), whoever waits is woken to ask again. EAGAIN means that the address space is
 changing, and will be until its event has been read: the fault is kept and tried again after the messages that wait.
 
 A slot that does not hold what was put there is not given out: the page is poisoned (Linux 6.6), an access to it is a
@@ -107,7 +108,8 @@ _PROTECT, _WAKE, _POISON = UFFDIO_WRITEPROTECT.number, UFFDIO_WAKE.number, UFFDI
 _PEER, _RESIDENT, _POOL = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL)
 _DONT_WAKE = 2
 """UFFDIO_WRITEPROTECT_MODE_DONTWAKE."""
-_EEXIST, _EAGAIN, _ENOENT, _ESRCH, _EIO = errno.EEXIST, errno.EAGAIN, errno.ENOENT, errno.ESRCH, errno.EIO
+_EEXIST, _EAGAIN, _ENOENT, _ESRCH = errno.EEXIST, errno.EAGAIN, errno.ENOENT, errno.ESRCH
+_EFAULT, _EIO = errno.EFAULT, errno.EIO
 _DAMAGED = -4096
 """An answer that no errno is."""
 _S_AT, _S_COUNT, _S_SPACE, _S_RETRIES, _S_DETAIL = (int(one) for one in list(State)[:5])
@@ -225,6 +227,9 @@ def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk
         counts[_C_WP] += 1
     elif flags & _MINOR_FAULT:
         result = _settle(uffd, _CONTINUE, room, hva)
+        if result == -_EFAULT:
+            # It has been evicted since the fault: that is answered like one on a page which is there already.
+            result = -_EEXIST
         counts[_C_MINOR] += 1
     elif where[page] >= _POOL:
         result = _from_store(uffd, room, hva, page, table, desk)

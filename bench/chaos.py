@@ -1,0 +1,192 @@
+"""script/chaos: SIGKILL engines at random moments, under random eviction and writers that verify every word they wrote.
+
+Two thirds of the kills hit the engine of a process with three writing threads, which is started again by this program;
+one third the engine of a Debian guest that writes 5,000 pages/s, which its agent starts again. A kill counts as
+recovered when the next engine serves faults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from demo.hosts import ROOT
+from guest.build import build
+from outboard.agent.manager import CONTROL, Manager
+from outboard.agent.orders import Evict, Fetch, Look, Order, ask
+from outboard.errors import OutboardError
+from outboard.linux import pidfd
+from outboard.vmm.process import attach_process
+from tests.support.cluster import Cluster, Vm
+from tests.support.target import Target
+
+from .claims import Claim, claim, publish
+
+_MIB = 64
+_CALM_S = 60.0
+
+
+def _engine(directory: str, pid: int, ready: Connection) -> None:
+    """An engine of the process ``pid``; told of over ``ready`` once it serves."""
+    manager = Manager(Path(directory) / "memory", partial(attach_process, pid), Path(directory) / "swap")
+    ready.send_bytes(b"r")
+    manager.serve()
+
+
+class _ProcessScene:
+    """A process with writers; each :meth:`next` is another engine for it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._target = Target("memfd", _MIB)
+        self._engines = multiprocessing.get_context("forkserver")
+        self._engines.set_forkserver_preload(["bench.chaos"])
+        self.control = directory / "memory" / CONTROL
+        self._target.ask("g")
+
+    def next(self) -> int:
+        """Start an engine, and wait until it serves."""
+        ours, theirs = self._engines.Pipe()
+        process = self._engines.Process(target=_engine, args=(str(self._directory), self._target.pid, theirs))
+        process.start()
+        theirs.close()
+        ours.recv_bytes()
+        ours.close()
+        threading.Thread(target=process.join, daemon=True).start()
+        assert process.pid is not None
+        return process.pid
+
+    def wrong(self) -> int:
+        """How many words the writers do not find as they left them."""
+        return int(self._target.ask("s").split()[1])
+
+    def close(self) -> None:
+        """End the process; its engine ends with it."""
+        self._target.__exit__(None, None, None)
+
+
+class _VmScene:
+    """A guest on a host of its own, whose agent starts the engines."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        image = build(ROOT / ".build/guest")
+        self._vm = Vm(cluster, image, "chaos")
+        self._vm.write()
+        done = cluster.a.outboard("evict", "chaos", "--idle", "0.2")
+        if done.returncode:
+            raise OutboardError(done.stderr)
+        self.control = self._vm.record("a").memory_directory / CONTROL
+        self._dead = 0
+
+    def next(self) -> int:
+        """Wait until the agent has started another engine, and that one serves."""
+        while True:
+            with contextlib.suppress(OutboardError):
+                engine = ask(self.control, Look(), 1.0).engine
+                if engine != self._dead:
+                    self._dead = engine
+                    return engine
+            time.sleep(0.001)
+
+    def wrong(self) -> int:
+        """How many pages the guest does not find as it left them."""
+        said = self._vm.tell("a", "verify")
+        return 0 if said.startswith("ok") else 1
+
+    def close(self) -> None:
+        """The cluster ends it."""
+
+
+def _orders(chance: random.Random) -> Iterator[Order]:
+    while True:
+        to = chance.choice(["pool", "file"])
+        yield Evict(to="file" if to == "file" else "pool", most=chance.randrange(1, 32) << 20, idle=0.0)
+        if chance.random() < 0.3:
+            yield Fetch()
+
+
+def _disturb(control: Path, chance: random.Random, ending: threading.Event) -> None:
+    orders = _orders(chance)
+    while not ending.is_set():
+        # Whoever dies meanwhile has not answered.
+        with contextlib.suppress(OutboardError):
+            ask(control, next(orders), 5.0)
+
+
+def play(
+    name: str, scene: _ProcessScene | _VmScene, kills: int, chance: random.Random, say: Callable[[str], None]
+) -> list[Claim]:
+    """Kill ``kills`` engines; how long each took to be replaced, and what the writers find in the end."""
+    took: list[float] = []
+    engine = scene.next()
+    ending = threading.Event()
+    # An engine that waits for nobody's order is killed in its faults, one that carries out an order anywhere.
+    orders = random.Random(chance.random())  # noqa: S311
+    disturber = threading.Thread(target=_disturb, args=(scene.control, orders, ending))
+    disturber.start()
+    try:
+        for number in range(1, kills + 1):
+            time.sleep(chance.uniform(0.0, 0.25))
+            began = time.monotonic()
+            os.kill(engine, signal.SIGKILL)
+            while pidfd.alive(engine):
+                os.sched_yield()
+            engine = scene.next()
+            took.append((time.monotonic() - began) * 1e3)
+            if number % 50 == 0:
+                say(f"{number} kills, recovery median {statistics.median(took):.0f} ms")
+    finally:
+        ending.set()
+        disturber.join(_CALM_S)
+    return [
+        claim(
+            f"{name}: recovery, median", statistics.median(took), 300, "ms", len(took), spread=(min(took), max(took))
+        ),
+        claim(f"{name}: what is wrong", scene.wrong(), 0, "", len(took)),
+    ]
+
+
+@click.command()
+@click.option("--kills", default=300, show_default=True, help="A third of them at the engine of a real guest.")
+@click.option("--seed", type=int, help="Of the moments and orders; another one each time when not given.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the claims here.")
+def main(kills: int, seed: int | None, file: Path | None) -> None:
+    """Kill engines, and let the writers judge."""
+    console = Console(stderr=True)
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    console.print(f"seed {seed}")
+    chance = random.Random(seed)  # noqa: S311  # moments and orders, not secrets
+    directory = Path(tempfile.mkdtemp(prefix="outboard-chaos-", dir="/dev/shm"))  # the pool is memory
+    claims: list[Claim] = []
+    try:
+        process = _ProcessScene(directory)
+        try:
+            claims += play("a process", process, kills - kills // 3, chance, console.print)
+        finally:
+            process.close()
+        with Cluster(31) as cluster:
+            claims += play("a guest", _VmScene(cluster), kills // 3, chance, console.print)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    publish(claims, file, Console())
+    sys.exit(0 if all(each.met for each in claims) else 1)
+
+
+if __name__ == "__main__":
+    main()
