@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,8 +23,7 @@ from outboard.linux import pidfd
 from outboard.vmm.registry import Registry
 
 _READY_S = 30.0
-_OFTEN, _WITHIN_S, _REST_S = 20, 5.0, 1.0
-"""An engine that has died so often so soon is let rest before the next one."""
+_RETRY_S = 1.0
 
 log = structlog.get_logger()
 
@@ -45,7 +43,6 @@ class Supervisor:
         self._swap = swap
         self._lock = threading.Lock()
         self._watched: dict[str, int] = {}
-        self._deaths: dict[str, deque[float]] = {}
 
     def adopt(self) -> None:
         """Find the VMs that are managed, or were when an earlier agent ended."""
@@ -132,11 +129,11 @@ class Supervisor:
 
     def _replace(self, vm: str, engine: int) -> None:
         log.warning("an engine died, another takes over", vm=vm, engine=engine)
-        deaths = self._deaths.setdefault(vm, deque(maxlen=_OFTEN))
-        deaths.append(time.monotonic())
-        if len(deaths) == _OFTEN and deaths[-1] - deaths[0] < _WITHIN_S:
-            time.sleep(_REST_S)
-        try:
-            self.ensure(vm)
-        except OutboardError as error:
-            log.error("a managed VM has no engine", vm=vm, why=str(error))
+        while self._managed(vm):
+            try:
+                self.ensure(vm)
+                return
+            except OutboardError as error:
+                # Its pages wait for somebody; what is in the way may be mended.
+                log.error("a managed VM has no engine", vm=vm, why=str(error))
+                time.sleep(_RETRY_S)
