@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from outboard.errors import DamagedPageError, KernelError, RefusedError, StoreFullError
-from outboard.linux import proc, ptrace
+from outboard.linux import pidfd, proc, ptrace
 from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
@@ -55,9 +57,6 @@ class Scene:
 
 @pytest.fixture
 def shm() -> Iterator[Path]:
-    import shutil
-    import tempfile
-
     made = Path(tempfile.mkdtemp(dir="/dev/shm"))
     yield made
     shutil.rmtree(made)
@@ -175,6 +174,7 @@ def spoil(scene: Scene, page: int) -> None:
 
 
 def test_a_damaged_page_is_a_memory_error_and_never_zeros(scene: Scene) -> None:
+    require("poison")
     scene.pager.evict(ALL, Where.FILE)
     spoil(scene, 9)
     assert scene.target.ask("r 8") == "8"
@@ -229,8 +229,6 @@ class TestJournal:
         scene.pager.close()
         if protected:
             theirs = next(n for n, link in proc.descriptors(scene.target.pid).items() if "userfaultfd" in link)
-            from outboard.linux import pidfd
-
             process = pidfd.open(scene.target.pid)
             with Userfaultfd(pidfd.getfd(process, theirs)) as uffd:
                 uffd.write_protect(scene.target.at(page), PAGE_SIZE)

@@ -29,6 +29,7 @@ _CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (lambda: os.geteuid() == 0, "needs root"),
     "rwp": (_kernel(Features.RWP), "the kernel has no UFFD_FEATURE_RWP"),
     "soft-dirty": (has_soft_dirty, "the kernel has no soft-dirty pages (CONFIG_MEM_SOFT_DIRTY)"),
+    "systemd": (lambda: shutil.which("systemd-analyze") is not None, "systemd-analyze is not installed"),
     "userfaultfd-device": (Path(DEVICE).exists, f"the kernel has no {DEVICE} (Linux 6.1)"),
     "wp-async": (_kernel(Features.WP_ASYNC), "the kernel has no UFFD_FEATURE_WP_ASYNC (Linux 6.7)"),
 }

@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from outboard.agent import service
 from outboard.agent.config import AgentConfig, socket_path, state_dir
 from outboard.agent.engine import Depart, Ended, Manage, Ready, Receive, Refused, run_engine
 from outboard.agent.history import History
@@ -261,7 +263,9 @@ class Agent:
         log.info("agent is up", name=self._config.name, listen=self._config.listen, port=self._config.port)
         server = uvicorn.Server(uvicorn.Config(self._app(), uds=os.fspath(path), log_level="warning", lifespan="off"))
         try:
-            asyncio.run(server.serve())
+            # uvicorn ends in order and then raises the signal again, which would end us before we are done.
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            asyncio.run(service.accompanied(server))
         finally:
             listener.close()
             path.unlink(missing_ok=True)

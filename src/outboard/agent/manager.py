@@ -104,7 +104,9 @@ class Manager:
         while True:
             for fd, _ in poll.poll(_LOOK_S * 1000):
                 if fd == self._process:
+                    self._let_go()
                     self._forget()
+                    os.close(self._lock)
                     return
                 if fd == self._listener.fileno():
                     client = Connection(self._listener.accept()[0].detach())

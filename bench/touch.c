@@ -1,0 +1,60 @@
+// A process that times its own page faults. touch MIB: maps shared memory, fills each page with its number plus one,
+// prints "ready", then obeys lines on standard input, each answered by one line:
+//   s, r    touch every page in order, or in a shuffled one; "SUM NS P50 P99": the sum of the pages' first words, how
+//           long it took in all, and the median and 99th percentile of one touch
+#define _GNU_SOURCE
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+static uint64_t now(void) {
+    struct timespec at;
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return at.tv_sec * 1000000000ull + at.tv_nsec;
+}
+
+static int compare(const void *one, const void *other) {
+    uint32_t a = *(const uint32_t *)one, b = *(const uint32_t *)other;
+    return a < b ? -1 : a > b;
+}
+
+int main(int count, char **arguments) {
+    if (count < 2) return 2;
+    size_t pages = strtoul(arguments[1], NULL, 10) << 8;
+    int fd = memfd_create("touch", 0);
+    if (fd < 0 || ftruncate(fd, pages * 4096)) return 3;
+    volatile uint8_t *region = mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    uint32_t *took = calloc(pages, sizeof *took), *order = calloc(pages, sizeof *order);
+    for (size_t page = 0; page < pages; page++) {
+        *(volatile uint64_t *)(region + page * 4096) = page + 1;
+        order[page] = page;
+    }
+    printf("ready\n");
+    fflush(stdout);
+    char line[16];
+    while (fgets(line, sizeof line, stdin)) {
+        uint64_t state = 88172645463325252ull, sum = 0;
+        for (size_t page = pages - 1; line[0] == 'r' && page > 0; page--) {
+            state ^= state << 13; state ^= state >> 7; state ^= state << 17;
+            size_t other = state % (page + 1);
+            uint32_t swapped = order[page];
+            order[page] = order[other];
+            order[other] = swapped;
+        }
+        uint64_t began = now(), last = began;
+        for (size_t index = 0; index < pages; index++) {
+            sum += *(volatile uint64_t *)(region + order[index] * 4096ull);
+            uint64_t at = now();
+            took[index] = at - last;
+            last = at;
+        }
+        qsort(took, pages, sizeof *took, compare);
+        printf("%lu %lu %u %u\n", (unsigned long)sum, (unsigned long)(last - began), took[pages / 2],
+               took[pages * 99 / 100]);
+        fflush(stdout);
+    }
+    return 0;
+}

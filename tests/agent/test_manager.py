@@ -1,0 +1,142 @@
+"""The engine of a managed guest: its lock, its orders, its end; and what people are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from outboard.agent.manager import CONTROL, Manager
+from outboard.agent.orders import Evict, Fetch, HandOver, Look, Release, ask
+from outboard.errors import NotFoundError, RefusedError, UnreachableError
+from outboard.vmm.process import attach_process
+from tests.support.requirements import require
+from tests.support.target import Target
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    require("root", "no-swap")
+    with Target(mebibytes=4) as made:
+        yield made
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "memory"
+
+
+class Engine:
+    """A manager in a thread."""
+
+    def __init__(self, directory: Path, pid: int, *, successor: bool = False) -> None:
+        self.control = directory / CONTROL
+        swap = directory.parent / "swap" / "target"
+        self._manager = Manager(directory, partial(attach_process, pid), swap, successor=successor)
+        self._thread = threading.Thread(target=self._manager.serve)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+def test_orders_are_carried_out_and_answered(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    looked = ask(engine.control, Look())
+    assert (looked.vm, looked.engine, looked.memory) == ("target", os.getpid(), target.size)
+    assert (looked.resident, looked.moved, looked.faults) == (target.size, 0, 0)
+    assert ask(engine.control, Evict(to="pool", most=1 << 20, idle=0.0)).moved == 1 << 20
+    looked = ask(engine.control, Evict(to="file", idle=0.0))
+    assert looked.moved == 3 << 20
+    # Page 0 holds the number 0.
+    assert (looked.zero, looked.pool, looked.file) == (4096, (1 << 20) - 4096, 3 << 20)
+    assert target.ask("r 900") == "900"
+    looked = ask(engine.control, Look())
+    assert looked.faults == 1
+    assert looked.fault_p50_us is not None
+    assert ask(engine.control, Fetch()).moved == (4 << 20) - 8192
+    assert ask(engine.control, Release()).resident >= (4 << 20) - 4096
+    engine.join()
+    assert not directory.exists()
+    assert not list((directory.parent / "swap").iterdir())
+    assert target.ask("t").startswith("touched ")
+
+
+def test_another_engine_is_refused_and_a_successor_is_let_in(target: Target, directory: Path) -> None:
+    first = Engine(directory, target.pid)
+    ask(first.control, Evict(to="file", idle=0.0))
+    with pytest.raises(RefusedError, match=f"engine {os.getpid()} has this guest") as caught:
+        Engine(directory, target.pid)
+    assert caught.value.reason == "managed"
+    second = Engine(directory, target.pid, successor=True)
+    first.join()
+    assert target.ask("r 900") == "900"
+    assert ask(second.control, Release()).file == 0
+    second.join()
+
+
+def test_a_guest_that_is_handed_over_to_nobody_waits(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    ask(engine.control, Evict(to="file", idle=0.0))
+    ask(engine.control, HandOver())
+    engine.join()
+    with pytest.raises(UnreachableError, match="no answer from the engine"):
+        ask(engine.control, Look())
+    target.say("r 5")
+    assert target.waits()
+    again = Engine(directory, target.pid)
+    assert target.answer() == "5"
+    ask(again.control, Release())
+    again.join()
+
+
+def test_a_guest_that_ends_is_forgotten(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    ask(engine.control, Evict(to="file", idle=0.0))
+    os.kill(target.pid, signal.SIGKILL)
+    engine.join()
+    assert not directory.exists()
+    assert not list((directory.parent / "swap").iterdir())
+
+
+def test_what_another_guest_left_is_not_taken_for_this_ones(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    ask(engine.control, Evict(to="file", idle=0.0))
+    ask(engine.control, HandOver())
+    engine.join()
+    with Target(mebibytes=4) as other:
+        (directory / "layout.json").write_bytes(
+            (directory / "layout.json").read_bytes().replace(str(target.pid).encode(), str(other.pid).encode())
+        )
+        fresh = Engine(directory, other.pid)
+        assert ask(fresh.control, Look()).resident == other.size
+        ask(fresh.control, Release())
+        fresh.join()
+
+
+def test_what_is_no_order_is_not_answered(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    for words in (b'{"type":"explode"}', b"nonsense", b""):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(engine.control))
+            with Connection(os.dup(client.fileno())) as connection:
+                connection.send_bytes(words)
+                with pytest.raises((EOFError, OSError)):
+                    connection.recv_bytes()
+    ask(engine.control, Release())
+    engine.join()
+
+
+def test_nothing_is_left_of_an_engine_that_could_not_begin(directory: Path) -> None:
+    with pytest.raises(NotFoundError):
+        Manager(directory, partial(attach_process, 4194303), directory.parent / "swap" / "x")
+    with pytest.raises(NotFoundError):
+        Manager(directory, partial(attach_process, 4194303), directory.parent / "swap" / "x")
