@@ -17,15 +17,18 @@ import pytest
 from outboard.errors import DamagedPageError, KernelError, RefusedError, StoreFullError
 from outboard.linux import pidfd, proc, ptrace
 from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
+from outboard.pager.clamp import Clamp
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
 from outboard.stores.file import FileStore
 from outboard.vmm.guest import Guest
+from outboard.vmm.listener import Listener
 from tests.support.process_guest import guest_of
 from tests.support.requirements import require
 from tests.support.target import Target
+from tests.support.vmm_client import VmmClient
 
 MIB = 4
 PAGES = MIB << 8
@@ -293,6 +296,55 @@ def test_large_pages_are_refused(tmp_path: Path) -> None:
         with large, pytest.raises(RefusedError, match="2 MiB") as caught:
             Pager(large, Residency(PAGES, tmp_path), {})
         assert caught.value.reason == "large-pages"
+
+
+def test_a_guest_that_was_handed_over_is_managed_as_it_is(tmp_path: Path, shm: Path) -> None:
+    require("root")
+    path = tmp_path / "uffd.sock"
+    with VmmClient() as client, Listener(path) as listener:
+        client.register(Mode.MISSING | Mode.WP)
+        client.hand_over(path, mode="MISSING|WP")
+        attachment = listener.accept(10)
+        assert attachment is not None
+        with attachment:
+            guest = attachment.guest
+            clamp = Clamp.handed_over(guest, attachment.uffd, attachment.mode)
+            stores = {Where.POOL: FileStore(shm / "pool", guest.pages)}
+            pager = Pager(guest, Residency(guest.pages, shm), stores, clamp)
+            attachment.acknowledge()
+            assert client.answer_within(2000) == "answer 1"
+            for page in range(200):
+                assert client.ask(f"w {page} {page + 5}") == "written"
+            assert pager.evict(PageSet.full(guest.pages), Where.POOL) == guest.pages
+            assert client.ask("r 100") == "105"
+            assert client.touch() == f"touched {sum(range(5, 205))}"
+            assert pager.statistics().faults.pool == 200
+            pager.evict(PageSet.full(guest.pages), Where.POOL)
+            pager.populate(PageSet.full(guest.pages))
+            pager.release()
+            assert client.touch() == f"touched {sum(range(5, 205))}"
+        stores[Where.POOL].close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "reason"),
+    [("memfd", "MISSING", "no-write-protection"), ("anon", "MISSING|WP", "anonymous-memory")],
+)
+def test_a_guest_that_was_handed_over_and_cannot_be_evicted_from(
+    tmp_path: Path, kind: str, mode: str, reason: str
+) -> None:
+    require("root")
+    path = tmp_path / "uffd.sock"
+    with VmmClient(kind) as client, Listener(path) as listener:
+        client.register(Mode.MISSING | Mode.WP if "WP" in mode else Mode.MISSING)
+        client.hand_over(path, mode=mode)
+        attachment = listener.accept(10)
+        assert attachment is not None
+        with attachment:
+            clamp = Clamp.handed_over(attachment.guest, attachment.uffd, attachment.mode)
+            with pytest.raises(RefusedError) as caught:
+                Pager(attachment.guest, Residency(attachment.guest.pages, tmp_path), {}, clamp)
+            assert caught.value.reason == reason
 
 
 def test_a_process_that_ends_is_an_error_to_evict_from(scene: Scene) -> None:

@@ -55,7 +55,7 @@ class ArrivingMemory:
         # QEMU's own reset has written to a fresh destination; a page that is present would never fault.
         for region in guest.regions:
             guest.memory.punch(region.first, region.pages)
-        self._clamp = Clamp(guest, _FEATURES, Mode.MISSING | Mode.MINOR)
+        self._clamp = Clamp.put_on(guest, _FEATURES, Mode.MISSING | Mode.MINOR)
         self.uffd = self._clamp.uffd
 
     @property

@@ -20,38 +20,46 @@ from outboard.vmm.guest import Guest
 
 
 class Clamp:
-    """A userfaultfd registered over all of ``guest``'s memory for ``mode``.
+    """A userfaultfd that is registered over all of ``guest``'s memory; made by :meth:`put_on` or :meth:`handed_over`.
 
-    One that an earlier clamp of ours left inside the process is taken again; else one is injected.
-
-    :raise RefusedError: ``uffd-taken``: another manager's userfaultfd holds the memory.
-    :raise KernelError: injection or registration failed; the process holds no descriptor of ours then.
+    :ivar mode: what it is registered for.
 
     Synchronization: as :class:`~outboard.linux.userfaultfd.Userfaultfd`.
     """
 
-    def __init__(self, guest: Guest, features: Features, mode: Mode) -> None:
+    def __init__(self, guest: Guest, uffd: Userfaultfd, mode: Mode, inside: int | None) -> None:
         self.guest = guest
-        for number in self._left_inside():
-            uffd = Userfaultfd(self._duplicate(number))
+        self.uffd = uffd
+        self.mode = mode
+        self._inside = inside
+
+    @classmethod
+    def put_on(cls, guest: Guest, features: Features, mode: Mode) -> Clamp:
+        """Take again what an earlier clamp of ours left inside the process, or else inject a userfaultfd.
+
+        :raise RefusedError: ``uffd-taken``: another manager's userfaultfd holds the memory.
+        :raise KernelError: injection or registration failed; the process holds no descriptor of ours then.
+        """
+        for number in _left_inside(guest.pid):
+            uffd = Userfaultfd(_duplicate(guest.pid, number))
+            clamp = cls(guest, uffd, mode, number)
             try:
                 # ENOENT: nobody has the memory, so a userfaultfd that lies about is somebody else's affair.
                 uffd.write_protect(guest.regions[0].hva, PAGE_SIZE, protect=False)
-                self._register(uffd, mode)
+                clamp._register()
             except KernelError as error:
                 uffd.close()
                 if error.errno not in (errno.EBUSY, errno.EINVAL, errno.ENOENT):
                     raise
                 continue
-            self.uffd, self._theirs, self.taken_again = uffd, number, True
-            return
-        ours, self._theirs = ptrace.inject_userfaultfd(guest.pid, guest.emulator_thread())
-        self.uffd, self.taken_again = Userfaultfd(ours), False
+            return clamp
+        ours, inside = ptrace.inject_userfaultfd(guest.pid, guest.emulator_thread())
+        clamp = cls(guest, Userfaultfd(ours), mode, inside)
         try:
-            self.uffd.api(features)
-            self._register(self.uffd, mode)
+            clamp.uffd.api(features)
+            clamp._register()
         except KernelError as error:
-            self.release()
+            clamp.release()
             if error.errno == errno.EBUSY:
                 raise RefusedError(
                     "uffd-taken",
@@ -59,20 +67,19 @@ class Clamp:
                     "snapshot, or another manager); let that end first",
                 ) from error
             raise
+        return clamp
 
-    def _left_inside(self) -> list[int]:
-        return [number for number, link in proc.descriptors(self.guest.pid).items() if "[userfaultfd]" in link]
+    @classmethod
+    def handed_over(cls, guest: Guest, uffd: Userfaultfd, mode: Mode) -> Clamp:
+        """Hold a guest by the userfaultfd that its VMM has made, registered for ``mode`` and handed over.
 
-    def _duplicate(self, number: int) -> int:
-        process = pidfd.open(self.guest.pid)
-        try:
-            return pidfd.getfd(process, number)
-        finally:
-            pidfd.close(process)
+        The VMM keeps a descriptor of its own, and closes that itself.
+        """
+        return cls(guest, uffd, mode, None)
 
-    def _register(self, uffd: Userfaultfd, mode: Mode) -> None:
+    def _register(self) -> None:
         for region in self.guest.regions:
-            uffd.register(region.hva, region.pages * PAGE_SIZE, mode)
+            self.uffd.register(region.hva, region.pages * PAGE_SIZE, self.mode)
 
     def close(self) -> None:
         """Let go here only: whoever touches an absent page waits for a successor. Idempotent."""
@@ -89,9 +96,22 @@ class Clamp:
             for region in self.guest.regions:
                 with contextlib.suppress(KernelError):
                     self.uffd.unregister(region.hva, region.pages * PAGE_SIZE)
-            ptrace.close_in_target(self.guest.pid, self._theirs)
+            if self._inside is not None:
+                ptrace.close_in_target(self.guest.pid, self._inside)
         except KernelError:
             if pidfd.alive(self.guest.pid):
                 raise
         finally:
             self.uffd.close()
+
+
+def _left_inside(pid: int) -> list[int]:
+    return [number for number, link in proc.descriptors(pid).items() if "[userfaultfd]" in link]
+
+
+def _duplicate(pid: int, number: int) -> int:
+    process = pidfd.open(pid)
+    try:
+        return pidfd.getfd(process, number)
+    finally:
+        pidfd.close(process)

@@ -64,7 +64,8 @@ class Pager:
 
     :param residency: where they are; of an engine that has died, where it left them.
     :param stores: where pages may go: ``Where.POOL``, ``Where.FILE``, or both.
-    :raise RefusedError: ``large-pages``; ``uffd-taken``.
+    :param clamp: the hold on a guest whose VMM has handed it over; the pager's own when not given.
+    :raise RefusedError: ``large-pages``; ``anonymous-memory``; ``no-write-protection``; ``uffd-taken``.
     :raise KernelError: the kernel refused.
 
     Faults are served from the start to :meth:`close` or :meth:`release`.
@@ -72,8 +73,21 @@ class Pager:
     Synchronization: one thread; faults are served by another, which this class starts.
     """
 
-    def __init__(self, guest: Guest, residency: Residency, stores: Mapping[Where, FileStore]) -> None:
+    def __init__(
+        self, guest: Guest, residency: Residency, stores: Mapping[Where, FileStore], clamp: Clamp | None = None
+    ) -> None:
+        if clamp is not None and not clamp.mode & Mode.WP:
+            raise RefusedError(
+                "no-write-protection",
+                f"{guest.name}: its VMM registered its memory without write-protection, and what is written to a page while "
+                "it is evicted would be lost; have it hand over with mode MISSING|WP",
+            )
         for region in guest.regions:
+            if not region.has_file:
+                raise RefusedError(
+                    "anonymous-memory",
+                    f"{guest.name}: its memory at {region.gpa:#x} has no file, and cannot be given up from outside",
+                )
             if region.page_size != PAGE_SIZE:
                 raise RefusedError(
                     "large-pages",
@@ -87,7 +101,7 @@ class Pager:
         self._claimed: NDArray[np.uint8] = np.zeros(guest.pages, dtype=np.uint8)
         self._staging: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
         self._evicted = self._zeros = self._fetched = 0
-        self._clamp = Clamp(guest, _FEATURES, Mode.MISSING | Mode.MINOR | Mode.WP)
+        self._clamp = clamp or Clamp.put_on(guest, _FEATURES, Mode.MISSING | Mode.MINOR | Mode.WP)
         self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
         self._recover()
         self._faults.start()
@@ -243,8 +257,13 @@ class Pager:
         return came
 
     def populate(self, pages: PageSet) -> None:
-        """Bring ``pages`` back and enter them in the guest's page table: none that holds anything takes a fault."""
+        """Bring ``pages`` back and enter them in the guest's page table: none that holds anything takes a fault.
+
+        Where minor faults are not told of (a VMM that handed over without them) the kernel maps what is present itself.
+        """
         self.fetch(pages)
+        if not self._clamp.mode & Mode.MINOR:
+            return
         runs = self._split(chop(pages.runs(), 1 << 15))
         self._ask("UFFDIO_CONTINUE", batches.map_present(self._clamp.uffd.fileno(), self._regions, runs))
 
