@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from guest.build import COMMAND_LINE, Image
+from outboard.errors import KernelError
+from outboard.linux import proc
 from outboard.vmm.guest_agent import GuestAgent
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.wire.pki import create_authority, issue_host
@@ -74,6 +77,19 @@ class Host:
         self._agent = None
         (self.runtime / "agent.sock").unlink()
 
+    def engine(self) -> int:
+        """The one engine at work here, a child of the server that the agent has them forked from."""
+        assert self._agent is not None
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, KernelError):
+                pid = int(entry.name)
+                engine = (entry / "comm").read_text().strip() == "outboard-engine"
+                if engine and proc.parent(proc.parent(pid)) == self._agent.pid:
+                    found.append(pid)
+        assert len(found) == 1, found
+        return found[0]
+
     def command(self, *arguments: str) -> list[str]:
         """The command line of an outboard command."""
         return [sys.executable, "-m", "outboard", *arguments]
@@ -129,12 +145,16 @@ class Cluster:
 class Vm:
     """A test guest in a cluster, writing to its memory and able to prove it."""
 
-    def __init__(self, cluster: Cluster, image: Image, name: str, mebibytes: int = 256) -> None:
+    def __init__(
+        self, cluster: Cluster, image: Image, name: str, mebibytes: int = 256, guest_agent: bool = True
+    ) -> None:
         self.cluster = cluster
         self.name = name
         spec = cluster.root / f"{name}.toml"
         spec.write_text(
-            f'name = "{name}"\nmemory = "{mebibytes}MiB"\nvcpus = 1\naccel = "tcg"\n\n[boot]\n'
+            f'name = "{name}"\nmemory = "{mebibytes}MiB"\nvcpus = 1\naccel = "tcg"\n'
+            f"guest_agent = {str(guest_agent).lower()}\n\n"
+            f"[boot]\n"
             f'kernel = "{image.kernel}"\ninitrd = "{image.initrd}"\nappend = "{COMMAND_LINE}"\n'
         )
         done = cluster.a.outboard("run", str(spec))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from guest.build import Image
 from outboard.wire.pki import create_authority, issue_host
 from tests.support.cluster import Cluster, Vm, summary_of, wait_for
 
@@ -258,3 +260,33 @@ def test_a_guest_that_calls_every_page_free_harms_itself_alone(vm: Vm) -> None:
     assert summary_of(output)["state"] == "completed"
     assert vm.cluster.b.has(vm.name)
     assert not vm.cluster.a.has(vm.name)
+
+
+def test_an_engine_killed_before_the_switch_is_forgotten(vm: Vm) -> None:
+    def kill() -> None:
+        os.kill(vm.cluster.a.engine(), signal.SIGKILL)
+
+    said = disturbed(vm, "copying", kill, *SLOW)
+    assert not said.startswith("exit 0"), said
+    wait_for(lambda: not vm.cluster.b.has(vm.name), "the end of the destination's QEMU")
+    vm.verify("a")
+    assert vm.cluster.a.outboard("attach", vm.name).returncode == 4
+    code, _, errors = migrate(vm, "a", "b", "--verify")
+    assert code == 0, errors
+    only_at(vm, "b")
+    vm.verify("b")
+
+
+def test_a_guest_without_an_agent_goes_by_what_it_touches(cluster: Cluster, image: Image) -> None:
+    vm = Vm(cluster, image, "mute", guest_agent=False)
+    try:
+        code, output, errors = migrate(vm, "a", "b", "--verify")
+        assert code == 0, errors + vm.cluster.a.log()[-2000:]
+        summary = summary_of(output)
+        assert summary["verified"] is True
+        assert re.fullmatch(r"no guest agent; accesses: [1-9]\d* pages touched in \d+ ms", summary["hints"])
+        only_at(vm, "b")
+    finally:
+        for host in cluster.hosts.values():
+            if host.has(vm.name):
+                host.outboard("stop", vm.name)

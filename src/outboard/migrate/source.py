@@ -19,7 +19,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import CancelledError, NeedsRecoveryError, OutboardError, PeerError, UnreachableError
+from outboard.errors import (
+    CancelledError,
+    NeedsRecoveryError,
+    OutboardError,
+    PeerError,
+    RefusedError,
+    UnreachableError,
+)
 from outboard.linux import pidfd, sched
 from outboard.migrate import messages, ranking
 from outboard.migrate.conversation import Conversation
@@ -36,10 +43,12 @@ from outboard.migrate.worker import Worker
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digests
 from outboard.pages.pageset import PageSet
+from outboard.trace.idle import IdleTrace
 from outboard.trace.writes import WriteTrace, open_write_trace
 from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure
 from outboard.vmm.guest import Guest, QemuGuest
+from outboard.vmm.registry import TRACED
 from outboard.wire import tls
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind
@@ -175,20 +184,44 @@ class Outgoing:
         prepare = messages.Prepare(migration=self.migration, vm=self.guest.name, spec=self._spec, layout=layout)
         self._agent.send_message(messages.encode(prepare))
         if self._wants_trace:
+            traced = self._directory / TRACED
+            traced.touch()
+            self._cleanup.callback(traced.unlink, missing_ok=True)
             self._trace = open_write_trace(self.guest)
             statistics = self._trace.statistics()
             self.findings.trace = statistics.backend
             self.findings.arm_ms = statistics.armed_ns / 1e6
         ranking.rank_all(self.outbox, self.guest.memory.populated())
-        with self._asking_for_hints():
+        with self._asking_for_hints(), self._watching_accesses():
             self._departure = Departure(self.guest, self._directory)
             self._cleanup.callback(self._departure.close)
             self._until(lambda: self._control is not None and self._asking is None, _STEP_S)
 
     @property
     def _wants_trace(self) -> bool:
+        # Where nobody tells what is free, everything goes, written or not.
         method = self.options.method
-        return method.rounds or (method is Method.ENLIGHTENED)
+        return method.rounds or (method is Method.ENLIGHTENED and self.guest.agent_path is not None)
+
+    @contextlib.contextmanager
+    def _watching_accesses(self) -> Iterator[None]:
+        """What a guest without an agent touches while this lasts goes first."""
+        wanted = self.options.method is Method.ENLIGHTENED and self.options.hints and self.guest.agent_path is None
+        if not wanted:
+            yield
+            return
+        try:
+            idle = IdleTrace(self.guest)
+        except RefusedError as error:
+            self.findings.hints = f"none: the VM has no guest agent, and {error}"
+            yield
+            return
+        began = time.monotonic()
+        yield
+        touched = self.guest.memory.populated() - idle.idle()
+        ranking.rank_touched(self.outbox, touched)
+        took = (time.monotonic() - began) * 1e3
+        self.findings.hints = f"no guest agent; accesses: {len(touched)} pages touched in {took:.0f} ms"
 
     @contextlib.contextmanager
     def _asking_for_hints(self) -> Iterator[None]:

@@ -79,8 +79,8 @@ class Pager:
         if clamp is not None and not clamp.mode & Mode.WP:
             raise RefusedError(
                 "no-write-protection",
-                f"{guest.name}: its VMM registered its memory without write-protection, and what is written to a page while "
-                "it is evicted would be lost; have it hand over with mode MISSING|WP",
+                f"{guest.name}: its VMM registered its memory without write-protection, and what is written to a page "
+                "while it is evicted would be lost; have it hand over with mode MISSING|WP",
             )
         for region in guest.regions:
             if not region.has_file:

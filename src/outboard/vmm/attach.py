@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 from outboard.errors import KernelError, OutboardError, PeerError, RefusedError, UnreachableError, UsageError
-from outboard.linux import proc
+from outboard.linux import pidfd, proc, ptrace
+from outboard.linux.userfaultfd import Mode, Userfaultfd
+from outboard.pages import PAGE_SIZE
 from outboard.vmm import memory_map, qemu_process, refusals
 from outboard.vmm.guest import QemuGuest, Region, VCpu
 from outboard.vmm.memory_map import RamRange
@@ -19,7 +21,12 @@ _REGISTERED = frozenset({"um", "uw", "ui"})
 
 
 def attach(
-    *, qmp: Path | None = None, pid: int | None = None, name: str | None = None, agent_path: Path | None = None
+    *,
+    qmp: Path | None = None,
+    pid: int | None = None,
+    name: str | None = None,
+    agent_path: Path | None = None,
+    reclaim: bool = False,
 ) -> QemuGuest:
     """Attach to a QEMU by its QMP socket, or by its process.
 
@@ -28,6 +35,7 @@ def attach(
 
     :param name: what to call it; QEMU's own -name when not given.
     :param agent_path: the guest agent's socket; found on QEMU's command line when not given.
+    :param reclaim: a process of ours died while it held this VM's memory; what it left inside QEMU is undone.
     :raise UsageError: neither or both of ``qmp`` and ``pid``.
     :raise RefusedError: the VM cannot be managed; its ``reason`` is ``anonymous-memory``, ``not-shared``, ``no-ram``,
         ``vfio``, ``vhost-user``, ``ivshmem``, ``confidential``, ``uffd-taken``, ``no-privilege``, ``not-qemu`` or
@@ -39,7 +47,7 @@ def attach(
     monitor = None
     try:
         monitor = Monitor.connect(qmp) if qmp is not None else _monitor_of(pid or 0)
-        return _attach(monitor, name, agent_path)
+        return _attach(monitor, name, agent_path, reclaim=reclaim)
     except BaseException as error:
         if monitor is not None:
             monitor.close()
@@ -76,7 +84,7 @@ def _monitor_of(pid: int) -> Monitor:
     raise failure
 
 
-def _attach(monitor: Monitor, name: str | None, agent_path: Path | None) -> QemuGuest:
+def _attach(monitor: Monitor, name: str | None, agent_path: Path | None, *, reclaim: bool) -> QemuGuest:
     pid = monitor.peer_pid
     qemu_process.check(pid)
     name = name or monitor.execute("query-name").get("name") or f"qemu-{pid}"
@@ -84,6 +92,8 @@ def _attach(monitor: Monitor, name: str | None, agent_path: Path | None) -> Qemu
     _check(name, links, monitor)
     regions = _regions(name, pid, monitor)
     if any("userfaultfd" in link for link in links):
+        if reclaim:
+            _reclaim(pid, regions)
         _check_unregistered(name, pid, regions)
     return QemuGuest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or qemu_process.agent(pid))
 
@@ -103,6 +113,29 @@ def _check(name: str, links: list[str], monitor: Monitor) -> None:
     refusals.refuse_pinned(name, links, types)
     refusals.refuse_shared_with_others(name, monitor.human("info network"), types)
     refusals.refuse_own_faults(name, monitor.execute("query-migrate-capabilities"))
+
+
+def _reclaim(pid: int, regions: tuple[Region, ...]) -> None:
+    """Unregister the memory from whichever userfaultfd inside process ``pid`` holds it, and close that one.
+
+    Nothing is absent from a guest that was only traced: whoever waits is woken, and goes on.
+    """
+    process = pidfd.open(pid)
+    try:
+        for number, link in proc.descriptors(pid).items():
+            if "[userfaultfd]" not in link:
+                continue
+            with Userfaultfd(pidfd.getfd(process, number)) as uffd:
+                try:
+                    # The kernel lets only the one that holds the memory register it again.
+                    uffd.register(regions[0].hva, PAGE_SIZE, Mode.WP)
+                except KernelError:
+                    continue
+                for region in regions:
+                    uffd.unregister(region.hva, region.pages * PAGE_SIZE)
+            ptrace.close_in_target(pid, number)
+    finally:
+        pidfd.close(process)
 
 
 def _check_unregistered(name: str, pid: int, regions: tuple[Region, ...]) -> None:

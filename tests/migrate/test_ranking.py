@@ -1,0 +1,38 @@
+"""Which pages go first, and which have no turn."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from outboard.migrate import ranking
+from outboard.migrate.outbox import NEVER, Outbox
+from outboard.pages.pageset import PageSet
+from outboard.vmm.enlighten import PageClass
+
+PAGES = 64
+
+
+def some(*numbers: int) -> PageSet:
+    return PageSet.from_numbers(PAGES, np.array(numbers, dtype=np.int64))
+
+
+def test_the_guests_word_orders_and_gives_free_pages_no_turn() -> None:
+    outbox = Outbox(PAGES)
+    ranking.rank_all(outbox, ~some(9))
+    said = [PageClass.INACTIVE, PageClass.PAGE_TABLES, PageClass.FREE, PageClass.KERNEL]
+    ranking.rank_classes(outbox, 6, np.array(said, dtype=np.uint8))
+    ranks = outbox.rank[5:11].tolist()
+    assert ranks[3] == ranks[4] == NEVER  # free, and never written
+    assert ranks[2] < ranks[1] < ranks[0] == ranks[5] == ranking.UNCLASSED
+    ranking.revive(outbox, some(8))
+    assert outbox.rank[8] == ranking.UNCLASSED
+
+
+def test_without_a_word_what_was_touched_goes_first() -> None:
+    outbox = Outbox(PAGES)
+    ranking.rank_all(outbox, ~some(9))
+    ranking.rank_touched(outbox, some(3, 9, 40))
+    first = np.flatnonzero(outbox.rank < ranking.UNCLASSED).tolist()
+    assert first == [3, 40]
+    assert outbox.rank[9] == NEVER
+    assert outbox.rank[3] > ranking.EARLY_UPTO
