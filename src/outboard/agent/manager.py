@@ -156,9 +156,11 @@ class Manager:
         return 0
 
     def _evict(self, order: Evict) -> int:
-        trace = IdleTrace(self._guest)
-        time.sleep(order.idle)
-        cold = trace.idle() & self._pager.residency.pages_at(Where.RESIDENT) & self._guest.memory.populated()
+        cold = self._pager.residency.pages_at(Where.RESIDENT) & self._guest.memory.populated()
+        if order.idle:
+            trace = IdleTrace(self._guest)
+            time.sleep(order.idle)
+            cold &= trace.idle()
         numbers = cold.numbers()
         if order.most is not None:
             numbers = numbers[: order.most // PAGE_SIZE]

@@ -16,7 +16,7 @@ _CONNECT_S = 5.0
 
 
 class Evict(msgspec.Struct, frozen=True, tag="evict"):
-    """Put up to ``most`` bytes (None: all) of pages that are idle for ``idle`` seconds into a store."""
+    """Put up to ``most`` bytes (None: all) of pages that are idle for ``idle`` seconds (0: any) into a store."""
 
     to: Literal["pool", "file"] = "file"
     most: int | None = None

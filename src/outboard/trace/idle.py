@@ -2,6 +2,8 @@
 
 process_madvise(MADV_PAGEOUT) on shared memory without swap drops the page table entries and keeps the pages; whoever
 touches one has it mapped again, for 5 to 10 us a page. No trap is recorded, so a page's many accesses cost one fault.
+The kernel leaves a page mapped that it has just taken in and not yet put on a list, some tens on each processor: nobody
+can say of those that they are idle.
 
 Source: process_madvise(2), Linux Documentation/admin-guide/mm/pagemap.rst.
 """
@@ -43,7 +45,7 @@ class IdleTrace:
             pidfd.close(process)
 
     def idle(self) -> PageSet:
-        """The pages that have not been touched so far.
+        """The pages that have certainly not been touched so far.
 
         Source: PAGEMAP_SCAN, the pages that are not present in the page table.
         """
