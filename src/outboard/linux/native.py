@@ -1,4 +1,4 @@
-"""read(2), poll(2), ioctl(2), pread(2), pwrite(2), fallocate(2), clock_gettime(2), process_madvise(2) for compiled loops.
+"""read(2), write(2), poll(2), ioctl(2), pread(2), pwrite(2), fallocate(2) and others for loops that numba compiles.
 
 A compiled loop calls libc without the interpreter and without the GIL, which is what the fault path and batches of
 scattered pages need. Each function takes plain numbers, addresses included, and answers as the kernel does: a result,
@@ -21,6 +21,7 @@ def _libc(name: str, result: Any, *arguments: Any) -> Any:
 
 _errno = _libc("__errno_location", types.CPointer(types.int32))  # type: ignore[no-untyped-call]
 _read = _libc("read", types.int64, types.int32, types.uintp, types.uint64)
+_write = _libc("write", types.int64, types.int32, types.uintp, types.uint64)
 _poll = _libc("poll", types.int32, types.uintp, types.uint64, types.int32)
 _ioctl = _libc("ioctl", types.int32, types.int32, types.uint64, types.uintp)
 _pread = _libc("pread", types.int64, types.int32, types.uintp, types.uint64, types.int64)
@@ -43,6 +44,12 @@ def _answer(result: int) -> int:
 def read(fd: int, address: int, length: int) -> int:
     """Read up to ``length`` bytes to ``address``; how many."""
     return _answer(_read(fd, address, length))
+
+
+@njit("int64(int32, uintp, uint64)", cache=True, nogil=True)
+def write(fd: int, address: int, length: int) -> int:
+    """Write up to ``length`` bytes from ``address``; how many."""
+    return _answer(_write(fd, address, length))
 
 
 @njit("int64(uintp, uint64, int32)", cache=True, nogil=True)

@@ -80,6 +80,10 @@ class Pagemap:
             raise KernelError(f"open of /proc/{pid}/pagemap", error.errno or 0) from error
         self._vector: NDArray[np.uint64] = np.empty((_ROOM, 3), dtype=np.uint64)
 
+    def fileno(self) -> int:
+        """The descriptor, for compiled loops that read entries."""
+        return self._fd
+
     def close(self) -> None:
         """Idempotent."""
         if self._fd >= 0:
