@@ -52,13 +52,14 @@ def some(guest: Guest, *numbers: int) -> PageSet:
 
 
 def test_armed_pages_are_told_of_once(target: Target, guest: Guest, trace: AccessTrace) -> None:
-    wanted = some(guest, 3, 4, 5, 700, 4095)
+    # Not the last ones that the target has made: a processor holds those in hand, and MADV_PAGEOUT leaves them alone.
+    wanted = some(guest, 3, 4, 5, 700, 4000)
     assert trace.arm(wanted) == wanted
     assert len(trace.collect()) == 0
     for order in ("r 700", "w 4 9", "r 6", "r 700", "w 700 1"):
         target.ask(order)
     found = trace.collect()
-    assert found["page"].tolist() == [700, 4]
+    assert sorted(found["page"].tolist()) == [4, 700]
     assert len(trace.collect()) == 0
     target.ask("r 700")
     assert len(trace.collect()) == 0

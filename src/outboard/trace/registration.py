@@ -17,12 +17,14 @@ class Registration:
 
     def __init__(self, guest: Guest, features: Features, mode: Mode) -> None:
         self._guest = guest
+        self._registered: list[tuple[int, int]] = []
         ours, self._theirs = ptrace.inject_userfaultfd(guest.pid, guest.emulator_thread())
         self.uffd = Userfaultfd(ours)
         try:
             self.uffd.api(features)
             for region in guest.regions:
                 self.uffd.register(region.hva, region.pages * PAGE_SIZE, mode)
+                self._registered.append((region.hva, region.pages * PAGE_SIZE))
         except BaseException:
             self.close()
             raise
@@ -32,8 +34,8 @@ class Registration:
         if self.uffd.fileno() < 0:
             return
         try:
-            for region in self._guest.regions:
-                self.uffd.unregister(region.hva, region.pages * PAGE_SIZE)
+            for start, length in self._registered:
+                self.uffd.unregister(start, length)
             ptrace.close_in_target(self._guest.pid, self._theirs, self._guest.emulator_thread())
         except KernelError:
             # A VMM that has ended needs no tidying; one that lives keeps the error.

@@ -12,8 +12,8 @@ that does no harm here:
               injected                    1.3 us for each run.
 ============  ==========================  =======================================================================
 
-Both leave alone what they cannot unmap, and do not say so: MADV_PAGEOUT a page that another process maps too, and now
-and then one that the kernel holds in hand.
+MADV_PAGEOUT leaves alone what it cannot unmap, and does not say so: a page that another process maps too, and one that
+has just come in and is still in a processor's batch of 31 for the LRU lists.
 """
 
 from __future__ import annotations
