@@ -1,0 +1,200 @@
+"""Sampling a guest's accesses for its miss-rate curve, within a budget.
+
+A random set of pages, chosen by a hash of their numbers, is all that is ever traced. In each short step a few of those
+that are untraced are drawn and armed: as many as the budget allows for the time that has passed, whichever they are. So
+the budget is kept by itself: pages that are never touched stay armed and cost nothing more, and the more of them there
+are, the sooner the others are armed again. The mean untraced time of the moment is kept with each page that is armed.
+
+A guest of any size takes less than 1 MiB here; the trace itself has one byte for each page of the guest besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.trace.curve import GROUPS, Exposure, MissRateCurve, SpanHistogram, curve, working_set
+
+MOST = 12_288
+"""Pages sampled at most."""
+_STEP_S = 0.005
+_AT_A_TIME = 64
+_CHUNK = 1 << 20
+
+
+class Traced(Protocol):
+    """What is needed of a trace: :class:`outboard.trace.accesses.AccessTrace`, or a model of one."""
+
+    def arm_each(self, pages: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+
+    def take(self) -> NDArray[np.void]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What tracing may cost: at most ``traps`` a second, and at most ``slowdown`` (a fraction) of one processor's time.
+
+    ``trap_s``: what a trap costs the guest, in seconds.
+    """
+
+    trap_s: float
+    slowdown: float = 0.02
+    traps: float = float("inf")
+
+    @property
+    def rate(self) -> float:
+        """Traps per second."""
+        return min(self.traps, self.slowdown / self.trap_s)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerStatistics:
+    """``sampled`` pages, of which ``armed`` are armed now; ``delay``: the mean untraced time in seconds now; ``arms``
+    and ``traps`` so far; ``state``: bytes held."""
+
+    sampled: int
+    armed: int
+    delay: float
+    arms: int
+    traps: int
+    state: int
+
+
+def sample(pages: int, unit: int = 1, most: int = MOST) -> NDArray[np.int64]:
+    """Page numbers below ``pages``, multiples of ``unit``, ``most`` of them or a little fewer, by a hash (splitmix64)."""
+    count = pages // unit
+    share = min(1.0, most / max(1, count))
+    found: list[NDArray[np.int64]] = []
+    for first in range(0, count, _CHUNK):
+        numbers = np.arange(first, min(count, first + _CHUNK), dtype=np.uint64)
+        mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        mixed ^= mixed >> np.uint64(31)
+        found.append(numbers[mixed.astype(np.float64) / 2**64 < share].astype(np.int64) * unit)
+    return np.concatenate(found)[:most] if found else np.empty(0, dtype=np.int64)
+
+
+class Sampler:
+    """Traces a sample of a guest's pages and keeps what its curve is made of.
+
+    :param trace: in which nothing else is armed.
+    :param pages: the sample; :param of: how many pages it stands for.
+    :param clock: nanoseconds, the trace's.
+
+    Synchronization: one thread.
+    """
+
+    def __init__(
+        self,
+        trace: Traced,
+        pages: NDArray[np.int64],
+        of: int,
+        budget: Budget,
+        rng: np.random.Generator,
+        clock: Callable[[], int],
+    ) -> None:
+        self._trace, self._budget, self._rng, self._clock = trace, budget, rng, clock
+        self._pages, self._of = pages, of
+        self._since: NDArray[np.int64] = np.zeros(len(pages), dtype=np.int64)
+        self._delays: NDArray[np.float32] = np.zeros(len(pages), dtype=np.float32)
+        # The untraced ones first, in no order.
+        self._order: NDArray[np.int32] = np.arange(len(pages), dtype=np.int32)
+        self._place: NDArray[np.int32] = np.arange(len(pages), dtype=np.int32)
+        self._untraced = len(pages)
+        self._arms = self._traps = 0
+        self._delay = float("inf")
+        self._began = self._then = self._cut = clock()
+        self._before = SpanHistogram()
+        self._now = SpanHistogram()
+
+    def step(self) -> float:
+        """Take what was seen, and arm what is due; how long to sleep until the next call, in seconds."""
+        self._take()
+        now = self._clock()
+        elapsed, self._then = (now - self._then) / 1e9, now
+        wanted = min(self._budget.rate * elapsed, _AT_A_TIME, self._untraced)
+        if wanted > 0:
+            self._delay = elapsed * self._untraced / wanted
+            self._arm(int(wanted + self._rng.random()))
+        # Irregular, so that no rhythm of the guest's can be ours.
+        return float(self._rng.uniform(0.5, 1.5)) * _STEP_S
+
+    def _take(self) -> None:
+        found = self._trace.take()
+        if not len(found):
+            return
+        slots = np.searchsorted(self._pages, found["page"])
+        since = self._since[slots]
+        # As near as the moment is known; never before the page was armed.
+        spans = np.maximum(0, (found["after"] + found["at"]) / 2 - since) / 1e9
+        self._now.add(slots % GROUPS, spans, self._delays[slots].astype(np.float64))
+        self._traps += len(found)
+        for slot in slots.tolist():
+            self._swap(slot, self._untraced)
+            self._untraced += 1
+
+    def _arm(self, count: int) -> None:
+        drawn = self._rng.choice(self._untraced, min(count, self._untraced), replace=False, shuffle=False)
+        slots = np.sort(self._order[drawn])
+        if not len(slots):
+            return
+        armed, since = self._trace.arm_each(self._pages[slots])
+        slots = slots[np.isin(self._pages[slots], armed, assume_unique=True)]
+        self._since[slots], self._delays[slots] = since, self._delay
+        self._arms += len(slots)
+        for slot in slots.tolist():
+            self._untraced -= 1
+            self._swap(slot, self._untraced)
+
+    def _swap(self, slot: int, place: int) -> None:
+        order, places = self._order, self._place
+        other, here = order[place], places[slot]
+        order[place], order[here] = slot, other
+        places[slot], places[other] = place, here
+
+    def _exposure(self, since: int) -> Exposure:
+        now = self._then
+        return Exposure((now - since) / 1e9, (now - self._began) / 1e9, len(self._pages), self._of)
+
+    def _all(self) -> SpanHistogram:
+        whole = SpanHistogram()
+        whole.merge(self._before)
+        whole.merge(self._now)
+        return whole
+
+    def curve(self, sizes: NDArray[np.float64]) -> MissRateCurve:
+        """The curve over all the time so far, at ``sizes`` in pages."""
+        return curve(self._all(), self._exposure(self._began), sizes, self._rng)
+
+    def cut(self, sizes: NDArray[np.float64]) -> MissRateCurve:
+        """The curve over the time since the last call, which is a window of its own."""
+        found = curve(self._now, self._exposure(self._cut), sizes, self._rng)
+        self._before.merge(self._now)
+        self._now = SpanHistogram()
+        self._cut = self._then
+        return found
+
+    def working_set(self, windows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How many pages are touched within each window, in seconds, on average over all the time so far; not a number
+        where the window is longer than half of it."""
+        known, sizes = working_set(self._all(), self._exposure(self._began))
+        found: NDArray[np.float64] = np.interp(windows, known, sizes)
+        found[windows > known[-1]] = np.nan
+        return found
+
+    def statistics(self) -> SamplerStatistics:
+        """A frozen snapshot."""
+        held = (self._pages, self._since, self._delays, self._order, self._place, self._before, self._now)
+        return SamplerStatistics(
+            len(self._pages),
+            len(self._pages) - self._untraced,
+            self._delay,
+            self._arms,
+            self._traps,
+            sum(one.nbytes for one in held),
+        )
