@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from outboard.linux import cpuclock
 from outboard.trace.accesses import AccessTrace, MessagesTrace, PageTablesTrace
 from outboard.trace.sampling import Budget, Sampler, sample
 from outboard.trace.zap import open_zap
@@ -150,8 +151,15 @@ def run(
     with KnownTarget(sequence, pages, work) as target, attach_process(target.pid) as guest:
         time.sleep(_WARM_S)
         with backend(guest, open_zap(guest)) as trace:
+            processor = cpuclock.of(target.pid)
             sampler = Sampler(
-                trace, sample(pages), pages, Budget(backend.trap_s, slowdown), rng, time.monotonic_ns
+                trace,
+                sample(pages),
+                pages,
+                Budget(backend.trap_s, slowdown),
+                rng,
+                time.monotonic_ns,
+                lambda: cpuclock.read(processor),
             )
             began, spent = target.mark(), time.process_time()
             _trace(sampler, window)

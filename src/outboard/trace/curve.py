@@ -20,6 +20,8 @@ to x (Denning and Schwartz 1972). An LRU memory of c pages is, on average, a wor
 W(x) = c; so **misses/s at c is W'(x) where W(x) = c**. W is concave, so the estimate is replaced by its least concave
 majorant (Grenander 1956). The working set over a window of x seconds is W(x).
 
+Time is the guest's own: how long its processors have worked. At the end, rates are turned into those by the clock.
+
 The accesses themselves are not seen: the *ratio* of misses needs the rate of accesses from elsewhere.
 
 What is kept is two histograms of spans over the logarithm of T, in a few groups of pages; the groups, drawn again with
@@ -118,17 +120,18 @@ _EDGES = _edges()
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """When spans were gathered: for ``seconds``, by a trace that is now ``age`` seconds old, of ``sampled`` of ``pages``
-    pages."""
+    """When spans were gathered: for ``seconds`` in which the guest ran for ``ran`` seconds, by a trace in whose time it
+    has run for ``age`` seconds, of ``sampled`` of ``pages`` pages."""
 
     seconds: float
+    ran: float
     age: float
     sampled: int
     pages: int
 
-    def seconds_at(self, windows: Floats) -> Floats:
+    def ran_at(self, windows: Floats) -> Floats:
         """For how long an access with a gap longer than each window could have been seen."""
-        return np.minimum(self.seconds, self.age - windows)
+        return np.minimum(self.ran, self.age - windows)
 
 
 def working_set(histogram: SpanHistogram, exposure: Exposure) -> tuple[Floats, Floats]:
@@ -141,7 +144,7 @@ def _grown(growth: Floats, exposure: Exposure) -> tuple[Floats, Floats]:
     # What is longer than half the trace has hardly been seen.
     known = max(1, int(np.searchsorted(_EDGES, exposure.age / 2)))
     windows = _EDGES[:known]
-    steps = growth[:known] * (exposure.pages / exposure.sampled) / exposure.seconds_at(windows)
+    steps = growth[:known] * (exposure.pages / exposure.sampled) / exposure.ran_at(windows)
     return np.concatenate(([0.0], windows)), np.concatenate(([0.0], np.cumsum(steps)))
 
 
@@ -178,10 +181,11 @@ def curve(histogram: SpanHistogram, exposure: Exposure, sizes: Floats, rng: np.r
         _misses(*_majorant(*_grown(growth[rng.integers(GROUPS, size=GROUPS)].sum(axis=0), exposure)), sizes)
         for _ in range(_DRAWS)
     ]
-    low, high = np.percentile(drawn, _BAND, axis=0)
+    by_the_clock = exposure.ran / exposure.seconds
+    low, high = np.percentile(drawn, _BAND, axis=0) * by_the_clock
     return MissRateCurve(
         sizes,
-        _misses(windows, filled, sizes),
+        _misses(windows, filled, sizes) * by_the_clock,
         low,
         high,
         float(filled[-1]),

@@ -5,6 +5,9 @@ that are untraced are drawn and armed: as many as the budget allows for the time
 the budget is kept by itself: pages that are never touched stay armed and cost nothing more, and the more of them there
 are, the sooner the others are armed again. The mean untraced time of the moment is kept with each page that is armed.
 
+Spans are counted in the guest's own processor time, not by the clock: while it does not run, it touches nothing, and a
+pattern keeps its shape however often other work takes the processor away. Rates are told by the clock again.
+
 A guest of any size takes less than 1 MiB here; the trace itself has one byte for each page of the guest besides.
 """
 
@@ -36,7 +39,8 @@ class Traced(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What tracing may cost: at most ``traps`` a second, and at most ``slowdown`` (a fraction) of one processor's time.
+    """What tracing may cost: at most ``traps`` a second, and at most ``slowdown``, a fraction of the time that the guest
+    runs.
 
     ``trap_s``: what a trap costs the guest, in seconds.
     """
@@ -45,10 +49,9 @@ class Budget:
     slowdown: float = 0.02
     traps: float = float("inf")
 
-    @property
-    def rate(self) -> float:
-        """Traps per second."""
-        return min(self.traps, self.slowdown / self.trap_s)
+    def afforded(self, elapsed: float, ran: float) -> float:
+        """How many traps there may be in ``elapsed`` seconds, in which the guest ran for ``ran`` seconds."""
+        return min(self.traps * elapsed, self.slowdown * ran / self.trap_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class Sampler:
 
     :param trace: in which nothing else is armed.
     :param pages: the sample; :param of: how many pages it stands for.
-    :param clock: nanoseconds, the trace's.
+    :param clock: nanoseconds, the trace's; :param ran: nanoseconds for which the guest has run.
 
     Synchronization: one thread.
     """
@@ -97,8 +100,9 @@ class Sampler:
         budget: Budget,
         rng: np.random.Generator,
         clock: Callable[[], int],
+        ran: Callable[[], int],
     ) -> None:
-        self._trace, self._budget, self._rng, self._clock = trace, budget, rng, clock
+        self._trace, self._budget, self._rng, self._clock, self._ran = trace, budget, rng, clock, ran
         self._pages, self._of = pages, of
         self._since: NDArray[np.int64] = np.zeros(len(pages), dtype=np.int64)
         self._delays: NDArray[np.float32] = np.zeros(len(pages), dtype=np.float32)
@@ -108,18 +112,22 @@ class Sampler:
         self._untraced = len(pages)
         self._arms = self._traps = 0
         self._delay = float("inf")
-        self._began = self._then = self._cut = clock()
+        # Moments are pairs: the clock, and how long the guest had run.
+        self._began = self._cut = self._then = (clock(), ran())
+        self._pace = 1.0
         self._before = SpanHistogram()
         self._now = SpanHistogram()
 
     def step(self) -> float:
         """Take what was seen, and arm what is due; how long to sleep until the next call, in seconds."""
+        now = (self._clock(), self._ran())
+        elapsed, ran = max(1, now[0] - self._then[0]) / 1e9, (now[1] - self._then[1]) / 1e9
+        self._pace = ran / elapsed
+        self._then = now
         self._take()
-        now = self._clock()
-        elapsed, self._then = (now - self._then) / 1e9, now
-        wanted = min(self._budget.rate * elapsed, _AT_A_TIME, self._untraced)
+        wanted = min(self._budget.afforded(elapsed, ran), _AT_A_TIME, self._untraced)
         if wanted > 0:
-            self._delay = elapsed * self._untraced / wanted
+            self._delay = ran * self._untraced / wanted
             self._arm(int(wanted + self._rng.random()))
         # Irregular, so that no rhythm of the guest's can be ours.
         return float(self._rng.uniform(0.5, 1.5)) * _STEP_S
@@ -129,9 +137,9 @@ class Sampler:
         if not len(found):
             return
         slots = np.searchsorted(self._pages, found["page"])
-        since = self._since[slots]
         # As near as the moment is known; never before the page was armed.
-        spans = np.maximum(0, (found["after"] + found["at"]) / 2 - since) / 1e9
+        moments = self._running((found["after"] + found["at"]) // 2)
+        spans = np.maximum(0, moments - self._since[slots]) / 1e9
         self._now.add(slots % GROUPS, spans, self._delays[slots].astype(np.float64))
         self._traps += len(found)
         for slot in slots.tolist():
@@ -145,7 +153,7 @@ class Sampler:
             return
         armed, since = self._trace.arm_each(self._pages[slots])
         slots = slots[np.isin(self._pages[slots], armed, assume_unique=True)]
-        self._since[slots], self._delays[slots] = since, self._delay
+        self._since[slots], self._delays[slots] = self._running(since), self._delay
         self._arms += len(slots)
         for slot in slots.tolist():
             self._untraced -= 1
@@ -157,9 +165,19 @@ class Sampler:
         order[place], order[here] = slot, other
         places[slot], places[other] = place, here
 
-    def _exposure(self, since: int) -> Exposure:
-        now = self._then
-        return Exposure((now - since) / 1e9, (now - self._began) / 1e9, len(self._pages), self._of)
+    def _running(self, clock: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How long the guest had run at moments near to the last step's."""
+        return self._then[1] + ((clock - self._then[0]) * self._pace).astype(np.int64)
+
+    def _exposure(self, since: tuple[int, int]) -> Exposure:
+        clock, ran = self._then
+        return Exposure(
+            max(1, clock - since[0]) / 1e9,
+            max(1, ran - since[1]) / 1e9,
+            max(1, ran - self._began[1]) / 1e9,
+            len(self._pages),
+            self._of,
+        )
 
     def _all(self) -> SpanHistogram:
         whole = SpanHistogram()
@@ -182,7 +200,9 @@ class Sampler:
     def working_set(self, windows: NDArray[np.float64]) -> NDArray[np.float64]:
         """How many pages are touched within each window, in seconds, on average over all the time so far; not a number
         where the window is longer than half of it."""
-        known, sizes = working_set(self._all(), self._exposure(self._began))
+        exposure = self._exposure(self._began)
+        known, sizes = working_set(self._all(), exposure)
+        known = known * exposure.seconds / exposure.ran
         found: NDArray[np.float64] = np.interp(windows, known, sizes)
         found[windows > known[-1]] = np.nan
         return found
