@@ -60,7 +60,7 @@ class KnownTarget:
 
     def __init__(self, sequence: NDArray[np.int32], pages: int, work: int) -> None:
         self._sequence = sequence
-        with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="outboard-bench-") as file:  # noqa: S108  # in memory
+        with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="outboard-bench-") as file:
             sequence.tofile(file.name)
             self._process = subprocess.Popen(
                 [_program(), file.name, str(pages), str(work)],
@@ -189,9 +189,7 @@ def claims_of(pattern: str, runs: list[Run]) -> list[Claim]:
     """What the curve must reach."""
 
     def one(name: str, values: list[float], bar: float, unit: str = "") -> Claim:
-        return claim(
-            f"{pattern}: {name}", median(values), bar, unit, len(values), spread=(min(values), max(values))
-        )
+        return claim(f"{pattern}: {name}", median(values), bar, unit, len(values), spread=(min(values), max(values)))
 
     return [
         one("error of the ratio", [each.ratio_error for each in runs], 0.01),
@@ -227,9 +225,7 @@ def main(
     for pattern in patterns or PATTERNS:
         runs = []
         for seed in range(seeds):
-            found = run(
-                pattern, seed, _BACKENDS[backend], pages=pages, work=work, window=window, slowdown=slowdown
-            )
+            found = run(pattern, seed, _BACKENDS[backend], pages=pages, work=work, window=window, slowdown=slowdown)
             runs.append(found)
             console.print(
                 f"{pattern} {seed}: ratio ±{found.ratio_error:.4f}, misses/s ±{found.rate_error:.1%}, "
