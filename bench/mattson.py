@@ -68,4 +68,5 @@ def misses(accesses: NDArray[np.int32], pages: int, since: int, sizes: NDArray[n
     found = distances(np.ascontiguousarray(accesses, dtype=np.int32), pages, since)
     hits = np.cumsum(found[1:])
     whole = np.minimum(np.floor(sizes).astype(np.int64), pages)
-    return (found.sum() - np.where(whole > 0, hits[np.maximum(whole, 1) - 1], 0)).astype(np.float64)
+    missed: NDArray[np.float64] = np.where(whole > 0, found.sum() - hits[np.maximum(whole, 1) - 1], found.sum()) * 1.0
+    return missed

@@ -7,8 +7,8 @@ depends on nothing but us: in each short time dt with the probability dt / delay
 exponential with the mean ``delay``. While it is traced its first access is seen, which makes it untraced again. All
 that we have are spans: how long a page had been traced when it was touched, ``T``, and the ``delay`` it was armed with.
 
-Take an access, and let ``g`` be the time since the same page's access before (its gap). Just after that one the page was
-untraced, whatever came before. So it was armed after a time U, exponential; if U < g our access ends a span with
+Take an access, and let ``g`` be the time since the same page's access before (its gap). Just after that one the page
+was untraced, whatever came before. So it was armed after a time U, exponential; if U < g our access ends a span with
 T = g - U, otherwise nobody saw it. Let each span contribute ``delay`` at x = T and 1 at each x < T. The expectation of
 that at any x below g is exp(-(g - x)/delay) + 1 - exp(-(g - x)/delay) = 1, and 0 beyond. Hence, over the sampled pages,
 the sum of the contributions at x estimates **how many accesses had a gap longer than x**, without bias, for any pattern
@@ -16,9 +16,10 @@ of accesses, hits on untraced pages included (Horvitz and Thompson 1952). By the
 been seen, which is the length of the trace less x, and by the share of pages that is sampled, it is the rate ``m(x)``.
 
 ``m(x)`` is the miss rate of a working-set memory with window x, and its mean size is ``W(x)``, the integral of m from 0
-to x (Denning and Schwartz 1972). An LRU memory of c pages is, on average, a working-set memory whose window is such that
-W(x) = c; so **misses/s at c is W'(x) where W(x) = c**. W is concave, so the estimate is replaced by its least concave
-majorant (Grenander 1956). The working set over a window of x seconds is W(x).
+to x (Denning and Schwartz 1972). An LRU memory of c pages is, on average, a working-set memory whose window is such
+that W(x) = c; so **misses/s at c is W'(x) where W(x) = c**. W is concave, so the estimate is replaced by its least
+concave majorant (Grenander 1956), and the slope is taken over a hundredth of its height to each side. The working set
+over a window of x seconds is W(x).
 
 Time is the guest's own: how long its processors have worked. At the end, rates are turned into those by the clock.
 
@@ -40,6 +41,7 @@ Floats = NDArray[np.float64]
 GROUPS = 16
 _PER_DECADE, _FIRST_S, _DECADES = 128, 1e-5, 8
 _BINS = _PER_DECADE * _DECADES
+_WIDTH = 0.01
 _DRAWS = 64
 _BAND = (5, 95)
 
@@ -107,7 +109,8 @@ class SpanHistogram:
         )
         lower = np.concatenate(([0.0], _EDGES[:-1]))
         within = self._times - self._counts * lower
-        return self._delays + longer * (_EDGES - lower) + within
+        grown: Floats = self._delays + longer * (_EDGES - lower) + within
+        return grown
 
     @property
     def spans(self) -> int:
@@ -163,10 +166,18 @@ def _majorant(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 
 def _misses(windows: Floats, filled: Floats, sizes: Floats) -> Floats:
     """The slope of W where it reaches each size."""
-    slopes = np.diff(filled) / np.diff(windows)
-    if not len(slopes):
+    most = filled[-1]
+    if not most:
         return np.zeros(len(sizes))
-    return slopes[np.minimum(np.searchsorted(filled[1:], sizes, side="left"), len(slopes) - 1)]
+    width = most * _WIDTH
+    low = np.clip(sizes - width, 0, most - 2 * width)
+    high = np.minimum(sizes + width, most)
+    # W does not fall, and where it stays level only its last corner is left out here.
+    rising = np.concatenate(([True], np.diff(filled) > 0))
+    at = np.interp(np.stack((low, high)), filled[rising], windows[rising])
+    slopes: Floats = (high - low) / (at[1] - at[0])
+    last = (filled[-1] - filled[-2]) / (windows[-1] - windows[-2])
+    return np.where(sizes < most, slopes, last)
 
 
 def curve(histogram: SpanHistogram, exposure: Exposure, sizes: Floats, rng: np.random.Generator) -> MissRateCurve:

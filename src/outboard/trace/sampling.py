@@ -39,8 +39,8 @@ class Traced(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What tracing may cost: at most ``traps`` a second, and at most ``slowdown``, a fraction of the time that the guest
-    runs.
+    """What tracing may cost: at most ``traps`` a second, and at most ``slowdown``, a fraction of the time in which the
+    guest runs.
 
     ``trap_s``: what a trap costs the guest, in seconds.
     """
@@ -68,7 +68,7 @@ class SamplerStatistics:
 
 
 def sample(pages: int, unit: int = 1, most: int = MOST) -> NDArray[np.int64]:
-    """Page numbers below ``pages``, multiples of ``unit``, ``most`` of them or a little fewer, by a hash (splitmix64)."""
+    """Page numbers below ``pages``, multiples of ``unit``: ``most`` or a little fewer, by a hash (splitmix64)."""
     count = pages // unit
     share = min(1.0, most / max(1, count))
     found: list[NDArray[np.int64]] = []
