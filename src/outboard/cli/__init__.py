@@ -16,13 +16,16 @@ _COMMANDS = {
     "cancel": "outboard.cli.migrate:cancel",
     "dirty": "outboard.cli.dirty:dirty",
     "doctor": "outboard.cli.doctor:doctor",
+    "heat": "outboard.cli.heat:heat",
     "history": "outboard.cli.history:history",
     "limit": "outboard.cli.migrate:limit",
     "ls": "outboard.cli.attach:ls",
     "migrate": "outboard.cli.migrate:migrate",
+    "mrc": "outboard.cli.mrc:mrc",
     "pki": "outboard.cli.pki:pki",
     "run": "outboard.cli.run:run",
     "stop": "outboard.cli.run:stop",
+    "wss": "outboard.cli.wss:wss",
 }
 
 

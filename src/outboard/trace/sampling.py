@@ -24,7 +24,7 @@ from outboard.trace.curve import GROUPS, Exposure, MissRateCurve, SpanHistogram,
 
 MOST = 12_288
 """Pages sampled at most."""
-_STEP_S = 0.005
+_STEP_S = 0.01
 _AT_A_TIME = 64
 _CHUNK = 1 << 20
 
@@ -184,6 +184,10 @@ class Sampler:
         whole.merge(self._before)
         whole.merge(self._now)
         return whole
+
+    def horizon(self) -> float:
+        """The size up to which there is evidence, in pages."""
+        return float(working_set(self._all(), self._exposure(self._began))[1][-1])
 
     def curve(self, sizes: NDArray[np.float64]) -> MissRateCurve:
         """The curve over all the time so far, at ``sizes`` in pages."""
