@@ -23,4 +23,4 @@ def test_it_goes_on_while_the_process_works() -> None:
         target.ask("s")
     with pytest.raises(KernelError, match=str(target.pid)) as caught:
         cpuclock.read(clock)
-    assert caught.value.errno == errno.EINVAL
+    assert caught.value.errno == errno.ESRCH

@@ -64,6 +64,8 @@ def test_the_clock_is_pythons() -> None:
     before = time.monotonic_ns()
     between = native.monotonic_ns(room)
     assert before <= between <= time.monotonic_ns()
+    assert between <= native.clock_ns(time.CLOCK_MONOTONIC, room) <= time.monotonic_ns()
+    assert native.clock_ns(99, room) == -errno.EINVAL
 
 
 def test_ppoll_waits_as_long_as_it_is_told() -> None:

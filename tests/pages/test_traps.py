@@ -10,7 +10,7 @@ from outboard.pages.traps import TrapRing, note
 
 
 def noted(ring: TrapRing, page: int, after: int, at: int, write: int = 0) -> bool:
-    return bool(note(ring.traced, ring.state, ring.records, page, after, at, write))
+    return bool(note(ring.traced, ring.state, ring.records, page, after, at, at // 2, write))
 
 
 def test_a_traced_page_is_noted_once() -> None:
@@ -21,7 +21,7 @@ def test_a_traced_page_is_noted_once() -> None:
     assert not noted(ring, 4, 13, 13)
     assert noted(ring, 3, 14, 14)
     taken = ring.take()
-    assert taken.tolist() == [(5, 10, 12, 1), (3, 14, 14, 0)]
+    assert taken.tolist() == [(5, 10, 12, 6, 1), (3, 14, 14, 7, 0)]
     assert taken["page"].tolist() == [5, 3]
     assert not ring.traced.any()
     assert len(ring.take()) == 0

@@ -93,11 +93,14 @@ def test_the_moment_lies_between_two_bounds(target: Target, trace: AccessTrace) 
     found = trace.collect()
     assert sorted(found["page"].tolist()) == pages.tolist()
     assert bool(np.all(np.diff(found["at"]) >= 0))
-    for page, after, at, _ in found.tolist():
+    assert bool(np.all(np.diff(found["ran"]) >= 0))
+    for page, after, at, ran, _ in found.tolist():
         before, done = moments[page]
         assert after <= done
         assert at >= before
-        assert after >= since[pages.tolist().index(page)]
+        began, had_run = since[pages.tolist().index(page)]
+        assert after >= began
+        assert ran >= had_run
 
 
 def test_disarmed_pages_are_not_told_of(target: Target, guest: Guest, trace: AccessTrace) -> None:

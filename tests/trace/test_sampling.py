@@ -20,17 +20,9 @@ def sampled(
 ) -> tuple[Sampler, SimulatedTrace, NDArray[np.float64]]:
     """A sampler after ``seconds``, and the misses that an LRU memory of each size had had meanwhile."""
     accesses = PATTERNS[pattern](np.random.default_rng(7), PAGES, int(RATE * (WARM + seconds + 1)))
-    trace = SimulatedTrace(accesses, PAGES, RATE, seed=8)
+    trace = SimulatedTrace(accesses, PAGES, RATE, seed=8, running=running)
     trace.now = WARM
-    sampler = Sampler(
-        trace,
-        sample(PAGES),
-        PAGES,
-        budget,
-        np.random.default_rng(9),
-        trace.clock,
-        lambda: int(trace.clock() * running),
-    )
+    sampler = Sampler(trace, sample(PAGES), PAGES, budget, np.random.default_rng(9), trace.clock, trace.ran)
     while trace.now < WARM + seconds:
         trace.now += sampler.step()
     done = accesses[: int(trace.now * RATE)]

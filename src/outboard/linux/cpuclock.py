@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 
 from outboard.errors import KernelError
@@ -18,7 +19,7 @@ def of(pid: int) -> int:
 def read(clock: int) -> int:
     """What a clock shows, in nanoseconds.
 
-    :raise KernelError: EINVAL: the process has ended.
+    :raise KernelError: ESRCH: the process has ended, for which the kernel's word is EINVAL.
     """
     try:
         return time.clock_gettime_ns(clock)

@@ -89,6 +89,13 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     return _answer(_fallocate(fd, mode, offset, length))
 
 
+@njit("int64(int32, int64[::1])", cache=True, nogil=True)
+def clock_ns(clock: int, room: Any) -> int:
+    """What a clock shows, in nanoseconds; ``room`` is two int64 for a struct timespec."""
+    answer = _answer(_clock_gettime(clock, room.ctypes.data))
+    return answer if answer < 0 else room[0] * 1_000_000_000 + room[1]
+
+
 @njit("int64(int64[::1])", cache=True, nogil=True)
 def monotonic_ns(room: Any) -> int:
     """CLOCK_MONOTONIC in nanoseconds; ``room`` is two int64 for a struct timespec."""

@@ -2,7 +2,8 @@
 
 Data only, in memory that the processes of one engine share: whoever serves the guest's faults or looks at its page
 tables calls :func:`note`, whoever wants to know calls :meth:`TrapRing.take`. A record says when an access happened as
-well as it is known: after one moment and no later than another, which are the same where a fault told of it.
+well as it is known: after one moment and no later than another, which are the same where a fault told of it; and how
+much processor time the guest had used by the latter, since a guest that does not run touches nothing.
 
 A page is traced from the moment its flag is set until its first access is noted. The ring is bounded; what found no
 room is counted, and its page is untraced all the same.
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 
 from outboard.pages.shared import publish, shared_array
 
-ACCESS = np.dtype([("page", "<i8"), ("after", "<i8"), ("at", "<i8"), ("write", "<i8")])
-"""A page's first access: it came after ``after`` and at ``at`` at the latest, CLOCK_MONOTONIC in nanoseconds."""
+ACCESS = np.dtype([("page", "<i8"), ("after", "<i8"), ("at", "<i8"), ("ran", "<i8"), ("write", "<i8")])
+"""A page's first access: it came after ``after`` and at ``at`` at the latest, CLOCK_MONOTONIC in nanoseconds; ``ran``:
+the guest's processor time at ``at``, in nanoseconds."""
 
 _NOTED, _TAKEN, _DROPPED = range(3)
 
 
-@njit("boolean(uint8[::1], int64[::1], int64[:, ::1], int64, int64, int64, int64)", cache=True, nogil=True)
+@njit("boolean(uint8[::1], int64[::1], int64[:, ::1], int64, int64, int64, int64, int64)", cache=True, nogil=True)
 def note(
     traced: NDArray[np.uint8],
     state: NDArray[np.int64],
@@ -30,6 +32,7 @@ def note(
     page: int,
     after: int,
     at: int,
+    ran: int,
     write: int,
 ) -> bool:
     """Note an access, from compiled code; whether the page was traced, without which nothing is noted.
@@ -44,7 +47,8 @@ def note(
         records[row, 0] = page
         records[row, 1] = after
         records[row, 2] = at
-        records[row, 3] = write
+        records[row, 3] = ran
+        records[row, 4] = write
         publish(state, _NOTED, noted + 1)  # type: ignore[call-arg]  # numba passes one
     else:
         state[_DROPPED] += 1
@@ -62,7 +66,7 @@ class TrapRing:
     def __init__(self, pages: int, room: int = 8192) -> None:
         self.traced: NDArray[np.uint8] = shared_array(pages, np.uint8)
         self.state: NDArray[np.int64] = shared_array(3, np.int64)
-        self.records: NDArray[np.int64] = shared_array(room * 4, np.int64).reshape(room, 4)
+        self.records: NDArray[np.int64] = shared_array(room * 5, np.int64).reshape(room, 5)
 
     def take(self) -> NDArray[np.void]:
         """The accesses noted since the last call, as :data:`ACCESS`, in the order in which they were noted."""

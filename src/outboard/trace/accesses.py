@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import KernelError, RefusedError
+from outboard.linux import cpuclock
 from outboard.linux.pagemap import Category, Pagemap
 from outboard.linux.userfaultfd import Features, Mode, available_features
 from outboard.pages import PAGE_SIZE
@@ -40,7 +41,7 @@ from outboard.pages.pageset import PageSet
 from outboard.pages.traps import TrapRing
 from outboard.trace import watch
 from outboard.trace.registration import Registration
-from outboard.trace.zap import Spans, Zap, heads, open_zap, spans_of
+from outboard.trace.zap import Moments, Spans, Zap, heads, open_zap, spans_of
 from outboard.vmm.guest import Guest
 
 _ROWS = 4096
@@ -84,6 +85,7 @@ class AccessTrace(ABC):
         self._armed = self._accesses = 0
         self._control: NDArray[np.int64] = np.zeros(8, dtype=np.int64)
         self._fresh: NDArray[np.int64] = np.zeros((_ROWS, 3), dtype=np.int64)
+        self._clock = cpuclock.of(guest.pid)
         self._pagemap = Pagemap(guest.pid)
         try:
             self._registration = Registration(guest, self.features, self.mode)
@@ -101,7 +103,7 @@ class AccessTrace(ABC):
     @abstractmethod
     def _arm(
         self, pages: NDArray[np.int64], spans: Spans, addresses: NDArray[np.int64], span: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    ) -> Moments:
         """Arm pages whose flags are set; since when each is armed, 0 for those that are not."""
 
     def _demand(self, request: int, rows: int = 0) -> None:
@@ -110,8 +112,8 @@ class AccessTrace(ABC):
         os.eventfd_write(self._ask, 1)
         os.eventfd_read(self._reply)
 
-    def arm_each(self, pages: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Arm pages by number; those that are armed now, and since when each is, CLOCK_MONOTONIC in nanoseconds.
+    def arm_each(self, pages: NDArray[np.int64]) -> tuple[NDArray[np.int64], Moments]:
+        """Arm pages by number; those that are armed now, and since when each is.
 
         :param pages: ascending, without repeats.
         :raise KernelError: the kernel refused; ESRCH or ENOENT when the process has ended.
@@ -120,7 +122,7 @@ class AccessTrace(ABC):
         # Set before the first is zapped: from then on it can be touched.
         self.ring.traced[pages] = 1
         since = self._arm(pages, *spans_of(self._guest, pages))
-        armed = since > 0
+        armed = since[:, 0] > 0
         self.ring.traced[pages[~armed]] = 0
         self._armed += int(armed.sum())
         return pages[armed], since[armed]
@@ -202,6 +204,7 @@ class PageTablesTrace(AccessTrace):
             self._ask,
             self._reply,
             self._pagemap.fileno(),
+            self._clock,
             self._control,
             self._fresh,
             self.ring.traced,
@@ -211,9 +214,9 @@ class PageTablesTrace(AccessTrace):
 
     def _arm(
         self, pages: NDArray[np.int64], spans: Spans, addresses: NDArray[np.int64], span: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    ) -> Moments:
         since = self._zap(spans, self._registration.uffd)[span]
-        rows = np.column_stack((pages, addresses, since))
+        rows = np.column_stack((pages, addresses, since[:, 0]))
         for first in range(0, len(rows), _ROWS):
             part = rows[first : first + _ROWS]
             self._fresh[: len(part)] = part
@@ -237,6 +240,7 @@ class MessagesTrace(AccessTrace):
             self._ask,
             self._reply,
             self._registration.uffd.fileno(),
+            self._clock,
             self._control,
             np.array(rows, dtype=np.int64),
             self.ring.traced,
@@ -246,7 +250,7 @@ class MessagesTrace(AccessTrace):
 
     def _arm(
         self, pages: NDArray[np.int64], spans: Spans, addresses: NDArray[np.int64], span: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    ) -> Moments:
         since = self._zap(spans, None)[span]
         for start, length in spans.tolist():
             for low, high, _ in self._pagemap.scan(start, start + length, required=Category.PRESENT).tolist():

@@ -87,7 +87,7 @@ class Sampler:
 
     :param trace: in which nothing else is armed.
     :param pages: the sample; :param of: how many pages it stands for.
-    :param clock: nanoseconds, the trace's; :param ran: nanoseconds for which the guest has run.
+    :param clock: nanoseconds, the trace's; :param ran: the guest's processor time, in nanoseconds.
 
     Synchronization: one thread.
     """
@@ -138,8 +138,8 @@ class Sampler:
             return
         slots = np.searchsorted(self._pages, found["page"])
         # As near as the moment is known; never before the page was armed.
-        moments = self._running((found["after"] + found["at"]) // 2)
-        spans = np.maximum(0, moments - self._since[slots]) / 1e9
+        spans = found["ran"] - self._since[slots] - (found["at"] - found["after"]) * (self._pace / 2)
+        spans = np.maximum(0, spans) / 1e9
         self._now.add(slots % GROUPS, spans, self._delays[slots].astype(np.float64))
         self._traps += len(found)
         for slot in slots.tolist():
@@ -153,7 +153,7 @@ class Sampler:
             return
         armed, since = self._trace.arm_each(self._pages[slots])
         slots = slots[np.isin(self._pages[slots], armed, assume_unique=True)]
-        self._since[slots], self._delays[slots] = self._running(since), self._delay
+        self._since[slots], self._delays[slots] = since[:, 1], self._delay
         self._arms += len(slots)
         for slot in slots.tolist():
             self._untraced -= 1
@@ -164,10 +164,6 @@ class Sampler:
         other, here = order[place], places[slot]
         order[place], order[here] = slot, other
         places[slot], places[other] = place, here
-
-    def _running(self, clock: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How long the guest had run at moments near to the last step's."""
-        return self._then[1] + ((clock - self._then[0]) * self._pace).astype(np.int64)
 
     def _exposure(self, since: tuple[int, int]) -> Exposure:
         clock, ran = self._then

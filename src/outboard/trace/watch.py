@@ -72,12 +72,13 @@ def _rise(heap: NDArray[np.int64], index: int) -> None:
 
 
 @njit(
-    "boolean(int32, int64[:, ::1], int64, uint8[::1], int64[::1], int64[:, ::1], int64[::1], int64[::1])",
+    "boolean(int32, int32, int64[:, ::1], int64, uint8[::1], int64[::1], int64[:, ::1], int64[::1], int64[::1])",
     cache=True,
     nogil=True,
 )
 def _still_waits(
     pagemap: int,
+    clock: int,
     heap: NDArray[np.int64],
     index: int,
     traced: NDArray[np.uint8],
@@ -99,14 +100,15 @@ def _still_waits(
     if room[2] >> _PRESENT & 1:
         if heap[index, 3] == heap[index, 2]:
             control[AT_ONCE] += 1
-        note(traced, state, records, page, heap[index, 3], now, 1 - (room[2] >> _WRITE_PROTECTED & 1))
+        write = 1 - (room[2] >> _WRITE_PROTECTED & 1)
+        note(traced, state, records, page, heap[index, 3], now, native.clock_ns(clock, room), write)
         return False
     heap[index, 3] = now
     return True
 
 
 @njit(
-    "void(int32, int32, int32, int64[::1], int64[:, ::1], uint8[::1], int64[::1], int64[:, ::1])",
+    "void(int32, int32, int32, int32, int64[::1], int64[:, ::1], uint8[::1], int64[::1], int64[:, ::1])",
     cache=True,
     nogil=True,
 )
@@ -114,6 +116,7 @@ def look(
     ask: int,
     reply: int,
     pagemap: int,
+    clock: int,
     control: NDArray[np.int64],
     fresh: NDArray[np.int64],
     traced: NDArray[np.uint8],
@@ -122,6 +125,7 @@ def look(
 ) -> None:
     """Look at the watched pages until told to stop.
 
+    :param clock: the guest's processor time.
     :param fresh: rows to watch from now on: page, address, zapped at.
     :param traced: with ``state`` and ``records``, the arrays of a :class:`~outboard.pages.traps.TrapRing`; a page whose
         flag is clear is watched no longer.
@@ -150,13 +154,13 @@ def look(
                 for row in range(rows):
                     heap[size, :3] = fresh[row]
                     heap[size, 3] = fresh[row, 2]
-                    if _still_waits(pagemap, heap, size, traced, state, records, room, control):
+                    if _still_waits(pagemap, clock, heap, size, traced, state, records, room, control):
                         size += 1
                         _rise(heap, size - 1)
             else:
                 kept = 0
                 for index in range(size):
-                    if _still_waits(pagemap, heap, index, traced, state, records, room, control):
+                    if _still_waits(pagemap, clock, heap, index, traced, state, records, room, control):
                         heap[kept] = heap[index]
                         kept += 1
                 size = kept
@@ -169,7 +173,7 @@ def look(
         for _ in range(256):
             if size == 0 or _due(heap, 0) > soon:
                 break
-            if not _still_waits(pagemap, heap, 0, traced, state, records, room, control):
+            if not _still_waits(pagemap, clock, heap, 0, traced, state, records, room, control):
                 size -= 1
                 heap[0] = heap[size]
             _sink(heap, size, 0)
@@ -195,7 +199,7 @@ def _map(uffd: int, start: int, length: int, argument: NDArray[np.int64]) -> int
 
 
 @njit(
-    "void(int32, int32, int32, int64[::1], int64[:, ::1], uint8[::1], int64[::1], int64[:, ::1])",
+    "void(int32, int32, int32, int32, int64[::1], int64[:, ::1], uint8[::1], int64[::1], int64[:, ::1])",
     cache=True,
     nogil=True,
 )
@@ -203,6 +207,7 @@ def answer(
     ask: int,
     reply: int,
     uffd: int,
+    clock: int,
     control: NDArray[np.int64],
     regions: NDArray[np.int64],
     traced: NDArray[np.uint8],
@@ -211,6 +216,7 @@ def answer(
 ) -> None:
     """Answer the minor faults of ``uffd`` until told to stop.
 
+    :param clock: the guest's processor time.
     :param regions: rows: address, length, first page number, bytes of a page.
     :param traced: with ``state`` and ``records``, the arrays of a :class:`~outboard.pages.traps.TrapRing`.
     """
@@ -240,6 +246,7 @@ def answer(
         lates = kept
         got = native.read(uffd, messages.ctypes.data, 32 * (_MESSAGES - lates)) if lates < _MESSAGES else 0
         now = native.monotonic_ns(room)
+        ran = native.clock_ns(clock, room) if got > 0 else 0
         for index in range(max(0, got) // 32):
             if messages[index, 0] & 255 != _PAGEFAULT or not messages[index, 1] & _MINOR:
                 continue
@@ -251,7 +258,7 @@ def answer(
                     inside = inside // size * size
                     # Noted before it is answered: whoever sees the access done finds it noted.
                     page = regions[row, 2] + inside // 4096
-                    note(traced, state, records, page, now, now, messages[index, 1] & _WRITE)
+                    note(traced, state, records, page, now, now, ran, messages[index, 1] & _WRITE)
                     control[FAULTS] += 1
                     if _map(uffd, regions[row, 0] + inside, size, argument) == _EAGAIN:
                         late[lates, 0], late[lates, 1] = regions[row, 0] + inside, size

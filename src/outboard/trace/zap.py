@@ -27,7 +27,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from outboard.errors import KernelError
-from outboard.linux import native, pidfd, proc, ptrace
+from outboard.linux import cpuclock, native, pidfd, proc, ptrace
 from outboard.linux.process_madvise import Advice
 from outboard.linux.userfaultfd import UFFDIO_WRITEPROTECT, Userfaultfd
 from outboard.pages import PAGE_SIZE
@@ -35,6 +35,9 @@ from outboard.vmm.guest import Guest
 
 Spans = NDArray[np.int64]
 """Shape (n, 2): address in the process and length, in bytes."""
+
+Moments = NDArray[np.int64]
+"""Shape (n, 2): CLOCK_MONOTONIC and the guest's processor time, in nanoseconds."""
 
 _SYS_MADVISE = 28
 _PAGEOUT, _PROTECT = int(Advice.PAGEOUT), UFFDIO_WRITEPROTECT.number
@@ -45,8 +48,8 @@ class Zap(Protocol):
 
     name: str
 
-    def __call__(self, spans: Spans, protect: Userfaultfd | None) -> NDArray[np.int64]:
-        """Zap ``spans``, one after the other; when each was done, CLOCK_MONOTONIC in nanoseconds.
+    def __call__(self, spans: Spans, protect: Userfaultfd | None) -> Moments:
+        """Zap ``spans``, one after the other; when each was done, as :data:`Moments`.
 
         :param protect: write-protect what was zapped with this, at once.
         :raise KernelError: the kernel refused; ESRCH or ENOENT when the process has ended.
@@ -58,8 +61,8 @@ class Zap(Protocol):
         ...
 
 
-@njit("int64(int32, int32, int64[:, ::1], int64[::1])", cache=True, nogil=True)
-def _pageout(process: int, uffd: int, spans: Spans, done: NDArray[np.int64]) -> int:
+@njit("int64(int32, int32, int32, int64[:, ::1], int64[:, ::1])", cache=True, nogil=True)
+def _pageout(process: int, uffd: int, clock: int, spans: Spans, done: Moments) -> int:
     room = np.empty(2, dtype=np.int64)
     argument = np.empty(3, dtype=np.int64)
     argument[2] = 1
@@ -69,7 +72,8 @@ def _pageout(process: int, uffd: int, spans: Spans, done: NDArray[np.int64]) -> 
         answer = native.process_madvise(process, argument.ctypes.data, 1, _PAGEOUT)
         if answer < 0:
             return answer
-        done[index] = native.monotonic_ns(room)
+        done[index, 0] = native.monotonic_ns(room)
+        done[index, 1] = native.clock_ns(clock, room)
         if uffd >= 0:
             answer = native.ioctl(uffd, _PROTECT, argument.ctypes.data)
             if answer < 0:
@@ -84,12 +88,13 @@ class Pageout:
 
     def __init__(self, guest: Guest) -> None:
         self._pid = guest.pid
+        self._clock = cpuclock.of(guest.pid)
         self._process = pidfd.open(guest.pid)
 
-    def __call__(self, spans: Spans, protect: Userfaultfd | None) -> NDArray[np.int64]:
-        done: NDArray[np.int64] = np.zeros(len(spans), dtype=np.int64)
+    def __call__(self, spans: Spans, protect: Userfaultfd | None) -> Moments:
+        done: Moments = np.zeros((len(spans), 2), dtype=np.int64)
         fd = -1 if protect is None else protect.fileno()
-        answer = _pageout(self._process, fd, np.ascontiguousarray(spans), done)
+        answer = _pageout(self._process, fd, self._clock, np.ascontiguousarray(spans), done)
         if answer < 0:
             raise KernelError(f"process_madvise(PAGEOUT) of process {self._pid}, or write-protecting it", -answer)
         return done
@@ -108,10 +113,10 @@ class Dontneed:
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
 
-    def __call__(self, spans: Spans, protect: Userfaultfd | None) -> NDArray[np.int64]:
+    def __call__(self, spans: Spans, protect: Userfaultfd | None) -> Moments:
         calls: NDArray[np.int64] = np.zeros((len(spans), 7), dtype=np.int64)
         calls[:, 0], calls[:, 1:3], calls[:, 3] = _SYS_MADVISE, spans, mmap.MADV_DONTNEED
-        began = time.monotonic_ns()
+        began = (time.monotonic_ns(), cpuclock.read(cpuclock.of(self._guest.pid)))
         with ptrace.Stopped(self._guest.pid, self._guest.emulator_thread()) as target:
             refused = target.batch(calls)
         if refused.any():
@@ -121,7 +126,7 @@ class Dontneed:
             for start, length in spans.tolist():
                 protect.write_protect(start, length)
         # Some were done earlier in the batch than others: an access must not seem to come before its page was zapped.
-        return np.full(len(spans), began, dtype=np.int64)
+        return np.full((len(spans), 2), began, dtype=np.int64)
 
     def close(self) -> None:
         pass
