@@ -24,6 +24,5 @@ def read(clock: int) -> int:
     try:
         return time.clock_gettime_ns(clock)
     except OSError as error:
-        raise KernelError(
-            f"clock_gettime of the processor time of process {~(clock >> 3)}", error.errno or 0
-        ) from error
+        number = errno.ESRCH if error.errno == errno.EINVAL else error.errno or 0
+        raise KernelError(f"clock_gettime of the processor time of process {~(clock >> 3)}", number) from error
