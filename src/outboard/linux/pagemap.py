@@ -41,7 +41,11 @@ PM_SCAN_WP_MATCHING = 1 << 0
 PM_SCAN_CHECK_WPASYNC = 1 << 1
 
 SOFT_DIRTY_ENTRY = 1 << 55
-"""The bit of a classic entry: written since clear_refs was told 4."""
+"""A bit of a classic entry: written since clear_refs was told 4."""
+WRITE_PROTECTED_ENTRY = 1 << 57
+"""A bit of a classic entry: write-protected by a userfaultfd."""
+PRESENT_ENTRY = -1 << 63
+"""The sign of a classic entry: mapped."""
 
 
 @layout(96)

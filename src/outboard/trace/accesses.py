@@ -11,9 +11,8 @@ in one of two ways (:mod:`outboard.trace.watch`); :func:`open_access_trace` take
                  (Linux 5.13 for shmem)          The moment is exact; a page that has never been written is not seen.
 ===============  ==============================  =====================================================================
 
-``page-tables`` cannot tell a page that was not zapped from one that was touched within microseconds: both count as
-touched at once, and ``statistics().at_once`` is the most that can have gone wrong. ``messages`` reports such a page as
-not armed. A trace belongs to one mapping; what other processes do to the same file is not seen.
+A page that could not be zapped is reported as not armed; so is, by ``page-tables``, one that was touched within the
+microsecond after it was zapped. A trace belongs to one mapping; what other processes do to the same file is not seen.
 
 Not used, for want of a kernel here to try them on: idle page tracking (CONFIG_IDLE_PAGE_TRACKING), DAMON over virtual
 addresses (CONFIG_DAMON_VADDR), read-write protection (UFFD_FEATURE_RWP).
@@ -25,6 +24,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Self
@@ -34,14 +34,14 @@ from numpy.typing import NDArray
 
 from outboard.errors import KernelError, RefusedError
 from outboard.linux import cpuclock
-from outboard.linux.pagemap import Category, Pagemap
+from outboard.linux.pagemap import Pagemap
 from outboard.linux.userfaultfd import Features, Mode, available_features
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.pages.traps import TrapRing
 from outboard.trace import watch
 from outboard.trace.registration import Registration
-from outboard.trace.zap import Moments, Spans, Zap, heads, open_zap, spans_of
+from outboard.trace.zap import Moments, Places, Zap, heads, open_zap, places_of
 from outboard.vmm.guest import Guest
 
 _ROWS = 4096
@@ -101,9 +101,7 @@ class AccessTrace(ABC):
         """The thread's work: a loop of :mod:`outboard.trace.watch`."""
 
     @abstractmethod
-    def _arm(
-        self, pages: NDArray[np.int64], spans: Spans, addresses: NDArray[np.int64], span: NDArray[np.int64]
-    ) -> Moments:
+    def _arm(self, pages: NDArray[np.int64], places: Places) -> Moments:
         """Arm pages whose flags are set; since when each is armed, 0 for those that are not."""
 
     def _demand(self, request: int, rows: int = 0) -> None:
@@ -121,7 +119,7 @@ class AccessTrace(ABC):
         pages = heads(self._guest, pages)
         # Set before the first is zapped: from then on it can be touched.
         self.ring.traced[pages] = 1
-        since = self._arm(pages, *spans_of(self._guest, pages))
+        since = self._arm(pages, places_of(self._guest, pages))
         armed = since[:, 0] > 0
         self.ring.traced[pages[~armed]] = 0
         self._armed += int(armed.sum())
@@ -212,11 +210,10 @@ class PageTablesTrace(AccessTrace):
             self.ring.records,
         )
 
-    def _arm(
-        self, pages: NDArray[np.int64], spans: Spans, addresses: NDArray[np.int64], span: NDArray[np.int64]
-    ) -> Moments:
-        since = self._zap(spans, self._registration.uffd)[span]
-        rows = np.column_stack((pages, addresses, since[:, 0]))
+    def _arm(self, pages: NDArray[np.int64], places: Places) -> Moments:
+        since = self._zap(places, self._registration.uffd)
+        armed = since[:, 0] > 0
+        rows = np.column_stack((pages, places.addresses, since[:, 0]))[armed]
         for first in range(0, len(rows), _ROWS):
             part = rows[first : first + _ROWS]
             self._fresh[: len(part)] = part
@@ -248,15 +245,11 @@ class MessagesTrace(AccessTrace):
             self.ring.records,
         )
 
-    def _arm(
-        self, pages: NDArray[np.int64], spans: Spans, addresses: NDArray[np.int64], span: NDArray[np.int64]
-    ) -> Moments:
-        since = self._zap(spans, None)[span]
-        for start, length in spans.tolist():
-            for low, high, _ in self._pagemap.scan(start, start + length, required=Category.PRESENT).tolist():
-                first, last = np.searchsorted(addresses, (low, high))
-                # Present and untouched: it was not zapped. One that was touched is mapped again rightly.
-                since[first:last][self.ring.traced[pages[first:last]] != 0] = 0
+    def _arm(self, pages: NDArray[np.int64], places: Places) -> Moments:
+        since = self._zap(places, None)
+        # One that is mapped, but has been noted, was touched at once; one that has not, was not zapped.
+        touched = (since[:, 0] == 0) & (self.ring.traced[pages] == 0)
+        since[touched] = time.monotonic_ns(), cpuclock.read(self._clock)
         return since
 
 

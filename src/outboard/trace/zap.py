@@ -13,13 +13,15 @@ that does no harm here:
 ============  ==========================  =======================================================================
 
 MADV_PAGEOUT leaves alone what it cannot unmap, and does not say so: a page that another process maps too, and one that
-has just come in and is still in a processor's batch of 31 for the LRU lists.
+has just come in and is still in a processor's batch of 31 for the LRU lists. So each page is looked at once more.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import time
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,19 +30,28 @@ from numpy.typing import NDArray
 
 from outboard.errors import KernelError
 from outboard.linux import cpuclock, native, pidfd, proc, ptrace
+from outboard.linux.pagemap import PRESENT_ENTRY, Pagemap
 from outboard.linux.process_madvise import Advice
 from outboard.linux.userfaultfd import UFFDIO_WRITEPROTECT, Userfaultfd
 from outboard.pages import PAGE_SIZE
 from outboard.vmm.guest import Guest
 
-Spans = NDArray[np.int64]
-"""Shape (n, 2): address in the process and length, in bytes."""
-
 Moments = NDArray[np.int64]
-"""Shape (n, 2): CLOCK_MONOTONIC and the guest's processor time, in nanoseconds."""
+"""Shape (n, 2): CLOCK_MONOTONIC and the guest's processor time, in nanoseconds, for each of n pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where pages lie in a process, by page: ``addresses``; and the spans that they make: ``spans``, of shape (m, 2),
+    address and length in bytes; ``span``, the index of each page's."""
+
+    addresses: NDArray[np.int64]
+    spans: NDArray[np.int64]
+    span: NDArray[np.int64]
+
 
 _SYS_MADVISE = 28
-_PAGEOUT, _PROTECT = int(Advice.PAGEOUT), UFFDIO_WRITEPROTECT.number
+_PAGEOUT, _PROTECT, _ESRCH = int(Advice.PAGEOUT), UFFDIO_WRITEPROTECT.number, -errno.ESRCH
 
 
 class Zap(Protocol):
@@ -48,8 +59,8 @@ class Zap(Protocol):
 
     name: str
 
-    def __call__(self, spans: Spans, protect: Userfaultfd | None) -> Moments:
-        """Zap ``spans``, one after the other; when each was done, as :data:`Moments`.
+    def __call__(self, places: Places, protect: Userfaultfd | None) -> Moments:
+        """Zap pages, one span after the other; when each was done, 0 for those that are mapped yet.
 
         :param protect: write-protect what was zapped with this, at once.
         :raise KernelError: the kernel refused; ESRCH or ENOENT when the process has ended.
@@ -61,20 +72,36 @@ class Zap(Protocol):
         ...
 
 
-@njit("int64(int32, int32, int32, int64[:, ::1], int64[:, ::1])", cache=True, nogil=True)
-def _pageout(process: int, uffd: int, clock: int, spans: Spans, done: Moments) -> int:
+@njit("int64(int32, int32, int32, int32, int64[::1], int64[:, ::1], int64[::1], int64[:, ::1])", cache=True, nogil=True)
+def _pageout(
+    process: int,
+    pagemap: int,
+    uffd: int,
+    clock: int,
+    addresses: NDArray[np.int64],
+    spans: NDArray[np.int64],
+    span: NDArray[np.int64],
+    done: Moments,
+) -> int:
     room = np.empty(2, dtype=np.int64)
     argument = np.empty(3, dtype=np.int64)
+    entry = np.empty(1, dtype=np.int64)
     argument[2] = 1
-    for index in range(spans.shape[0]):
-        argument[0], argument[1] = spans[index, 0], spans[index, 1]
-        # A struct iovec, and the front of a struct uffdio_writeprotect.
-        answer = native.process_madvise(process, argument.ctypes.data, 1, _PAGEOUT)
-        if answer < 0:
-            return answer
-        done[index, 0] = native.monotonic_ns(room)
-        done[index, 1] = native.clock_ns(clock, room)
-        if uffd >= 0:
+    now = ran = 0
+    for index in range(addresses.shape[0]):
+        if index == 0 or span[index] != span[index - 1]:
+            argument[0], argument[1] = spans[span[index], 0], spans[span[index], 1]
+            # A struct iovec, and the front of a struct uffdio_writeprotect.
+            answer = native.process_madvise(process, argument.ctypes.data, 1, _PAGEOUT)
+            if answer < 0:
+                return answer
+            now, ran = native.monotonic_ns(room), native.clock_ns(clock, room)
+        answer = native.pread(pagemap, entry.ctypes.data, 8, addresses[index] // 4096 * 8)
+        if answer != 8:
+            return min(answer, _ESRCH)
+        if not entry[0] & PRESENT_ENTRY:
+            done[index, 0], done[index, 1] = now, ran
+        if uffd >= 0 and (index + 1 == addresses.shape[0] or span[index + 1] != span[index]):
             answer = native.ioctl(uffd, _PROTECT, argument.ctypes.data)
             if answer < 0:
                 return answer
@@ -89,12 +116,22 @@ class Pageout:
     def __init__(self, guest: Guest) -> None:
         self._pid = guest.pid
         self._clock = cpuclock.of(guest.pid)
+        self._pagemap = Pagemap(guest.pid)
         self._process = pidfd.open(guest.pid)
 
-    def __call__(self, spans: Spans, protect: Userfaultfd | None) -> Moments:
-        done: Moments = np.zeros((len(spans), 2), dtype=np.int64)
+    def __call__(self, places: Places, protect: Userfaultfd | None) -> Moments:
+        done: Moments = np.zeros((len(places.addresses), 2), dtype=np.int64)
         fd = -1 if protect is None else protect.fileno()
-        answer = _pageout(self._process, fd, self._clock, np.ascontiguousarray(spans), done)
+        answer = _pageout(
+            self._process,
+            self._pagemap.fileno(),
+            fd,
+            self._clock,
+            places.addresses,
+            places.spans,
+            places.span,
+            done,
+        )
         if answer < 0:
             raise KernelError(f"process_madvise(PAGEOUT) of process {self._pid}, or write-protecting it", -answer)
         return done
@@ -103,6 +140,7 @@ class Pageout:
         if self._process >= 0:
             pidfd.close(self._process)
             self._process = -1
+            self._pagemap.close()
 
 
 class Dontneed:
@@ -113,9 +151,9 @@ class Dontneed:
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
 
-    def __call__(self, spans: Spans, protect: Userfaultfd | None) -> Moments:
-        calls: NDArray[np.int64] = np.zeros((len(spans), 7), dtype=np.int64)
-        calls[:, 0], calls[:, 1:3], calls[:, 3] = _SYS_MADVISE, spans, mmap.MADV_DONTNEED
+    def __call__(self, places: Places, protect: Userfaultfd | None) -> Moments:
+        calls: NDArray[np.int64] = np.zeros((len(places.spans), 7), dtype=np.int64)
+        calls[:, 0], calls[:, 1:3], calls[:, 3] = _SYS_MADVISE, places.spans, mmap.MADV_DONTNEED
         began = (time.monotonic_ns(), cpuclock.read(cpuclock.of(self._guest.pid)))
         with ptrace.Stopped(self._guest.pid, self._guest.emulator_thread()) as target:
             refused = target.batch(calls)
@@ -123,10 +161,10 @@ class Dontneed:
             operation = f"madvise(DONTNEED) in process {self._guest.pid}"
             raise KernelError(operation, -int(refused[refused != 0][0]))
         if protect is not None:
-            for start, length in spans.tolist():
+            for start, length in places.spans.tolist():
                 protect.write_protect(start, length)
         # Some were done earlier in the batch than others: an access must not seem to come before its page was zapped.
-        return np.full((len(spans), 2), began, dtype=np.int64)
+        return np.full((len(places.addresses), 2), began, dtype=np.int64)
 
     def close(self) -> None:
         pass
@@ -141,11 +179,8 @@ def open_zap(guest: Guest) -> Zap:
     return Dontneed(guest) if large or proc.meminfo()["SwapTotal"] else Pageout(guest)
 
 
-def spans_of(guest: Guest, pages: NDArray[np.int64]) -> tuple[Spans, NDArray[np.int64], NDArray[np.int64]]:
-    """Where pages lie: the spans of their runs, each page's address, and the index of each page's span.
-
-    :param pages: ascending; in large-page memory the first of each large page.
-    """
+def places_of(guest: Guest, pages: NDArray[np.int64]) -> Places:
+    """Where ``pages`` lie; ascending, and in large-page memory the first of each large page."""
     addresses: NDArray[np.int64] = np.empty(len(pages), dtype=np.int64)
     sizes: NDArray[np.int64] = np.empty(len(pages), dtype=np.int64)
     for region in guest.regions:
@@ -154,10 +189,9 @@ def spans_of(guest: Guest, pages: NDArray[np.int64]) -> tuple[Spans, NDArray[np.
         sizes[low:high] = region.page_size
     opens: NDArray[np.bool_] = np.ones(len(pages), dtype=np.bool_)
     opens[1:] = addresses[1:] != addresses[:-1] + sizes[:-1]
-    span = np.cumsum(opens) - 1
     starts = np.flatnonzero(opens)
     lengths = np.add.reduceat(sizes, starts) if len(starts) else sizes
-    return np.column_stack((addresses[starts], lengths)), addresses, span
+    return Places(addresses, np.column_stack((addresses[starts], lengths)), np.cumsum(opens) - 1)
 
 
 def heads(guest: Guest, pages: NDArray[np.int64]) -> NDArray[np.int64]:
