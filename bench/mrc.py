@@ -23,10 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from outboard.linux import cpuclock
 from outboard.trace.accesses import AccessTrace, MessagesTrace, PageTablesTrace
 from outboard.trace.sampling import Budget, Sampler, sample
-from outboard.trace.zap import open_zap
 from outboard.vmm.process import attach_process
 
 from .claims import Claim, claim, publish
@@ -150,8 +148,7 @@ def run(
     sequence = PATTERNS[pattern](rng, pages, 1 << 23)
     with KnownTarget(sequence, pages, work) as target, attach_process(target.pid) as guest:
         time.sleep(_WARM_S)
-        with backend(guest, open_zap(guest)) as trace:
-            processor = cpuclock.of(target.pid)
+        with backend(guest) as trace:
             sampler = Sampler(
                 trace,
                 sample(pages),
@@ -159,7 +156,6 @@ def run(
                 Budget(backend.trap_s, slowdown),
                 rng,
                 time.monotonic_ns,
-                lambda: cpuclock.read(processor),
             )
             began, spent = target.mark(), time.process_time()
             _trace(sampler, window)

@@ -16,6 +16,7 @@ from outboard.linux.userfaultfd import Features, available_features
 from outboard.pages.pageset import PageSet
 from outboard.trace import accesses
 from outboard.trace.accesses import AccessTrace, MessagesTrace, PageTablesTrace, open_access_trace
+from outboard.trace.running import Running
 from outboard.trace.zap import Dontneed, Pageout, open_zap
 from outboard.vmm.guest import Guest
 from tests.support.process_guest import guest_of
@@ -43,7 +44,7 @@ def trace(guest: Guest, request: pytest.FixtureRequest) -> Iterator[AccessTrace]
         require("wp-async")
     kind = PageTablesTrace if request.param.startswith("page-tables") else MessagesTrace
     way = Pageout if request.param.endswith("pageout") else Dontneed
-    with kind(guest, way(guest)) as opened:
+    with kind(guest, way) as opened:
         yield opened
 
 
@@ -93,14 +94,14 @@ def test_the_moment_lies_between_two_bounds(target: Target, trace: AccessTrace) 
     found = trace.collect()
     assert sorted(found["page"].tolist()) == pages.tolist()
     assert bool(np.all(np.diff(found["at"]) >= 0))
-    assert bool(np.all(np.diff(found["ran"]) >= 0))
     for page, after, at, ran, _ in found.tolist():
         before, done = moments[page]
         assert after <= done
         assert at >= before
         began, had_run = since[pages.tolist().index(page)]
         assert after >= began
-        assert ran >= had_run
+        # To a tick.
+        assert ran >= had_run - 10_000_000
 
 
 def test_disarmed_pages_are_not_told_of(target: Target, guest: Guest, trace: AccessTrace) -> None:
@@ -148,7 +149,7 @@ def test_the_end_of_the_process_is_told(kind: type[AccessTrace]) -> None:
     require("wp-async")
     target = Target()
     with guest_of(target) as guest:
-        trace = kind(guest, Dontneed(guest))
+        trace = kind(guest, Dontneed)
         trace.arm(some(guest, 1, 2))
         target.__exit__(None, None, None)
         with pytest.raises(KernelError) as caught:
@@ -161,7 +162,7 @@ def test_the_end_of_the_process_is_told(kind: type[AccessTrace]) -> None:
 def test_looking_at_the_tables_of_an_ended_process_is_told() -> None:
     require("wp-async", "no-swap")
     target = Target()
-    with guest_of(target) as guest, PageTablesTrace(guest, Pageout(guest)) as trace:
+    with guest_of(target) as guest, PageTablesTrace(guest, Pageout) as trace:
         trace.arm(some(guest, 1, 2))
         target.__exit__(None, None, None)
         with pytest.raises(KernelError) as caught:
@@ -190,4 +191,4 @@ def test_the_best_back_end_is_chosen_by_probing(guest: Guest, monkeypatch: pytes
         open_access_trace(guest)
     assert caught.value.reason == "access-trace"
     monkeypatch.setattr(proc, "meminfo", lambda: {"SwapTotal": 1})
-    assert open_zap(guest).name == "dontneed"
+    assert open_zap(guest, Running(guest.pid)).name == "dontneed"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from outboard.trace.curve import Exposure, SpanHistogram, curve, working_set
+from outboard.trace.curve import GROUPS, Exposure, SpanHistogram, curve, working_set
 
 RNG = np.random.default_rng(1)
 
 
 def histogram(spans: list[float], delays: list[float]) -> SpanHistogram:
     made = SpanHistogram()
-    made.add(np.arange(len(spans)) % 16, np.array(spans), np.array(delays))
+    made.add(np.arange(len(spans)) % GROUPS, np.array(spans), np.array(delays))
     return made
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from outboard.errors import RefusedError
-from outboard.linux import cpuclock
 from outboard.pages import PAGE_SIZE
 from outboard.trace.accesses import AccessTrace, open_access_trace
 from outboard.trace.sampling import Budget, Sampler, sample
@@ -53,7 +52,6 @@ def sampled(guest: Guest, slowdown: float) -> Iterator[Sampled]:
             f"{guest.name}: its memory is in pages of {sorted(sizes)} bytes, and a sample of pages needs one size",
         )
     unit = sizes.pop() // PAGE_SIZE
-    clock = cpuclock.of(guest.pid)
     with open_access_trace(guest) as trace:
         sampler = Sampler(
             trace,
@@ -62,6 +60,5 @@ def sampled(guest: Guest, slowdown: float) -> Iterator[Sampled]:
             Budget(trace.trap_s, slowdown),
             np.random.default_rng(),
             time.monotonic_ns,
-            lambda: cpuclock.read(clock),
         )
         yield Sampled(guest, trace, sampler, unit)

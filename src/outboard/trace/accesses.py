@@ -26,6 +26,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -41,6 +42,7 @@ from outboard.pages.pageset import PageSet
 from outboard.pages.traps import TrapRing
 from outboard.trace import watch
 from outboard.trace.registration import Registration
+from outboard.trace.running import Running
 from outboard.trace.zap import Moments, Places, Zap, heads, open_zap, places_of
 from outboard.vmm.guest import Guest
 
@@ -78,14 +80,14 @@ class AccessTrace(ABC):
     features: Features
     mode: Mode
 
-    def __init__(self, guest: Guest, zap: Zap) -> None:
+    def __init__(self, guest: Guest, zap: Callable[[Guest, Running], Zap] = open_zap) -> None:
         self._guest = guest
-        self._zap = zap
+        self._running = Running(guest.pid)
+        self._zap = zap(guest, self._running)
         self.ring = TrapRing(guest.pages)
         self._armed = self._accesses = 0
         self._control: NDArray[np.int64] = np.zeros(8, dtype=np.int64)
         self._fresh: NDArray[np.int64] = np.zeros((_ROWS, 3), dtype=np.int64)
-        self._clock = cpuclock.of(guest.pid)
         self._pagemap = Pagemap(guest.pid)
         try:
             self._registration = Registration(guest, self.features, self.mode)
@@ -152,6 +154,13 @@ class AccessTrace(ABC):
         self._demand(watch.LOOK)
         return self.take()
 
+    def ran(self) -> int:
+        """The guest's processor time, in nanoseconds, to the tick.
+
+        :raise KernelError: ESRCH: the process has ended.
+        """
+        return cpuclock.read(self._running.clock)
+
     def statistics(self) -> AccessTraceStatistics:
         """A frozen snapshot."""
         return AccessTraceStatistics(
@@ -202,7 +211,8 @@ class PageTablesTrace(AccessTrace):
             self._ask,
             self._reply,
             self._pagemap.fileno(),
-            self._clock,
+            self._running.clock,
+            self._running.seen,
             self._control,
             self._fresh,
             self.ring.traced,
@@ -237,7 +247,8 @@ class MessagesTrace(AccessTrace):
             self._ask,
             self._reply,
             self._registration.uffd.fileno(),
-            self._clock,
+            self._running.clock,
+            self._running.seen,
             self._control,
             np.array(rows, dtype=np.int64),
             self.ring.traced,
@@ -249,7 +260,7 @@ class MessagesTrace(AccessTrace):
         since = self._zap(places, None)
         # One that is mapped, but has been noted, was touched at once; one that has not, was not zapped.
         touched = (since[:, 0] == 0) & (self.ring.traced[pages] == 0)
-        since[touched] = time.monotonic_ns(), cpuclock.read(self._clock)
+        since[touched] = time.monotonic_ns(), self.ran()
         return since
 
 
@@ -262,7 +273,7 @@ def open_access_trace(guest: Guest) -> AccessTrace:
     features = available_features()
     for kind in (PageTablesTrace, MessagesTrace):
         if features & kind.features == kind.features:
-            return kind(guest, open_zap(guest))
+            return kind(guest)
     raise RefusedError(
         "access-trace",
         "tracing accesses needs UFFD_FEATURE_WP_ASYNC (Linux 6.7) or UFFD_FEATURE_MINOR_SHMEM (Linux 5.13), and this "

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-GROUPS = 16
+GROUPS = 12
 _PER_DECADE, _FIRST_S, _DECADES = 128, 1e-5, 8
 _BINS = _PER_DECADE * _DECADES
 _WIDTH = 0.01
@@ -81,7 +81,6 @@ class SpanHistogram:
     def __init__(self) -> None:
         self._delays: NDArray[np.float32] = np.zeros((GROUPS, _BINS), dtype=np.float32)
         self._counts: NDArray[np.float32] = np.zeros((GROUPS, _BINS), dtype=np.float32)
-        self._times: NDArray[np.float32] = np.zeros((GROUPS, _BINS), dtype=np.float32)
 
     def add(self, groups: NDArray[np.integer], spans: Floats, delays: Floats) -> None:
         """Count spans: each page's group, how long it was traced until its access, and the mean untraced time that it
@@ -89,27 +88,24 @@ class SpanHistogram:
         where = np.clip(np.searchsorted(_EDGES, spans), 0, _BINS - 1)
         np.add.at(self._delays, (groups, where), delays)
         np.add.at(self._counts, (groups, where), 1)
-        np.add.at(self._times, (groups, where), spans)
 
     def merge(self, other: SpanHistogram) -> None:
         """Count the spans of another histogram too."""
         self._delays += other._delays
         self._counts += other._counts
-        self._times += other._times
 
     @property
     def nbytes(self) -> int:
         """Memory held."""
-        return self._delays.nbytes + self._counts.nbytes + self._times.nbytes
+        return self._delays.nbytes + self._counts.nbytes
 
     def growth(self) -> Floats:
         """For each group and bin, what its spans contribute to the integral of m over the bin; page-seconds."""
         longer = self._counts.sum(axis=1, keepdims=True, dtype=np.float64) - np.cumsum(
             self._counts, axis=1, dtype=np.float64
         )
-        lower = np.concatenate(([0.0], _EDGES[:-1]))
-        within = self._times - self._counts * lower
-        grown: Floats = self._delays + longer * (_EDGES - lower) + within
+        # Those that end within a bin cover half of it.
+        grown: Floats = self._delays + (longer + self._counts / 2) * np.diff(_EDGES, prepend=0.0)
         return grown
 
     @property

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from outboard.trace.curve import GROUPS, Exposure, MissRateCurve, SpanHistogram, curve, working_set
 
-MOST = 12_288
+MOST = 8_192
 """Pages sampled at most."""
 _STEP_S = 0.01
 _AT_A_TIME = 64
@@ -35,6 +35,8 @@ class Traced(Protocol):
     def arm_each(self, pages: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 
     def take(self) -> NDArray[np.void]: ...
+
+    def ran(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Sampler:
 
     :param trace: in which nothing else is armed.
     :param pages: the sample; :param of: how many pages it stands for.
-    :param clock: nanoseconds, the trace's; :param ran: the guest's processor time, in nanoseconds.
+    :param clock: nanoseconds, the trace's.
 
     Synchronization: one thread.
     """
@@ -100,9 +102,8 @@ class Sampler:
         budget: Budget,
         rng: np.random.Generator,
         clock: Callable[[], int],
-        ran: Callable[[], int],
     ) -> None:
-        self._trace, self._budget, self._rng, self._clock, self._ran = trace, budget, rng, clock, ran
+        self._trace, self._budget, self._rng, self._clock = trace, budget, rng, clock
         self._pages, self._of = pages, of
         self._since: NDArray[np.int64] = np.zeros(len(pages), dtype=np.int64)
         self._delays: NDArray[np.float32] = np.zeros(len(pages), dtype=np.float32)
@@ -113,16 +114,17 @@ class Sampler:
         self._arms = self._traps = 0
         self._delay = float("inf")
         # Moments are pairs: the clock, and how long the guest had run.
-        self._began = self._cut = self._then = (clock(), ran())
+        self._began = self._cut = self._then = (clock(), trace.ran())
         self._pace = 1.0
         self._before = SpanHistogram()
         self._now = SpanHistogram()
 
     def step(self) -> float:
         """Take what was seen, and arm what is due; how long to sleep until the next call, in seconds."""
-        now = (self._clock(), self._ran())
+        now = (self._clock(), self._trace.ran())
         elapsed, ran = max(1, now[0] - self._then[0]) / 1e9, (now[1] - self._then[1]) / 1e9
-        self._pace = ran / elapsed
+        # Over about a second: the kernel counts the time of a running process from tick to tick.
+        self._pace += (ran / elapsed - self._pace) * min(1.0, elapsed)
         self._then = now
         self._take()
         wanted = min(self._budget.afforded(elapsed, ran), _AT_A_TIME, self._untraced)

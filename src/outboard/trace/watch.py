@@ -22,6 +22,7 @@ from outboard.linux import native
 from outboard.linux.pagemap import PRESENT_ENTRY, WRITE_PROTECTED_ENTRY
 from outboard.linux.userfaultfd import UFFDIO_CONTINUE, UFFDIO_WAKE, EventKind, FaultFlag
 from outboard.pages.traps import note
+from outboard.trace.running import follow
 
 STOP, WATCH, LOOK = range(3)
 """What can be asked: to end, to watch more pages, to look at all of them now."""
@@ -75,13 +76,15 @@ def _rise(heap: NDArray[np.int64], index: int) -> None:
 
 
 @njit(
-    "boolean(int32, int32, int64[:, ::1], int64, uint8[::1], int64[::1], int64[:, ::1], int64[::1], int64[::1])",
+    "boolean(int32, int32, int64[::1], int64[:, ::1], int64, uint8[::1], int64[::1], int64[:, ::1], int64[::1], "
+    "int64[::1])",
     cache=True,
     nogil=True,
 )
 def _still_waits(
     pagemap: int,
     clock: int,
+    seen: NDArray[np.int64],
     heap: NDArray[np.int64],
     index: int,
     traced: NDArray[np.uint8],
@@ -104,14 +107,14 @@ def _still_waits(
         if heap[index, 3] == heap[index, 2]:
             control[AT_ONCE] += 1
         write = 0 if room[2] & WRITE_PROTECTED_ENTRY else 1
-        note(traced, state, records, page, heap[index, 3], now, native.clock_ns(clock, room), write)
+        note(traced, state, records, page, heap[index, 3], now, follow(clock, seen, now, room), write)
         return False
     heap[index, 3] = now
     return True
 
 
 @njit(
-    "void(int32, int32, int32, int32, int64[::1], int64[:, ::1], uint8[::1], int64[::1], int64[:, ::1])",
+    "void(int32, int32, int32, int32, int64[::1], int64[::1], int64[:, ::1], uint8[::1], int64[::1], int64[:, ::1])",
     cache=True,
     nogil=True,
 )
@@ -120,6 +123,7 @@ def look(
     reply: int,
     pagemap: int,
     clock: int,
+    seen: NDArray[np.int64],
     control: NDArray[np.int64],
     fresh: NDArray[np.int64],
     traced: NDArray[np.uint8],
@@ -128,7 +132,7 @@ def look(
 ) -> None:
     """Look at the watched pages until told to stop.
 
-    :param clock: the guest's processor time.
+    :param clock: with ``seen``, the guest's :class:`~outboard.trace.running.Running`.
     :param fresh: rows to watch from now on: page, address, zapped at.
     :param traced: with ``state`` and ``records``, the arrays of a :class:`~outboard.pages.traps.TrapRing`; a page whose
         flag is clear is watched no longer.
@@ -157,13 +161,13 @@ def look(
                 for row in range(rows):
                     heap[size, :3] = fresh[row]
                     heap[size, 3] = fresh[row, 2]
-                    if _still_waits(pagemap, clock, heap, size, traced, state, records, room, control):
+                    if _still_waits(pagemap, clock, seen, heap, size, traced, state, records, room, control):
                         size += 1
                         _rise(heap, size - 1)
             else:
                 kept = 0
                 for index in range(size):
-                    if _still_waits(pagemap, clock, heap, index, traced, state, records, room, control):
+                    if _still_waits(pagemap, clock, seen, heap, index, traced, state, records, room, control):
                         heap[kept] = heap[index]
                         kept += 1
                 size = kept
@@ -172,11 +176,13 @@ def look(
             control[WATCHED] = size
             word[0] = 1
             native.write(reply, word.ctypes.data, 8)
-        soon = native.monotonic_ns(room) + _AT_LEAST_NS // 2
+        now = native.monotonic_ns(room)
+        follow(clock, seen, now, room)
+        soon = now + _AT_LEAST_NS // 2
         for _ in range(256):
             if size == 0 or _due(heap, 0) > soon:
                 break
-            if not _still_waits(pagemap, clock, heap, 0, traced, state, records, room, control):
+            if not _still_waits(pagemap, clock, seen, heap, 0, traced, state, records, room, control):
                 size -= 1
                 heap[0] = heap[size]
             _sink(heap, size, 0)
@@ -202,7 +208,7 @@ def _map(uffd: int, start: int, length: int, argument: NDArray[np.int64]) -> int
 
 
 @njit(
-    "void(int32, int32, int32, int32, int64[::1], int64[:, ::1], uint8[::1], int64[::1], int64[:, ::1])",
+    "void(int32, int32, int32, int32, int64[::1], int64[::1], int64[:, ::1], uint8[::1], int64[::1], int64[:, ::1])",
     cache=True,
     nogil=True,
 )
@@ -211,6 +217,7 @@ def answer(
     reply: int,
     uffd: int,
     clock: int,
+    seen: NDArray[np.int64],
     control: NDArray[np.int64],
     regions: NDArray[np.int64],
     traced: NDArray[np.uint8],
@@ -219,7 +226,7 @@ def answer(
 ) -> None:
     """Answer the minor faults of ``uffd`` until told to stop.
 
-    :param clock: the guest's processor time.
+    :param clock: with ``seen``, the guest's :class:`~outboard.trace.running.Running`.
     :param regions: rows: address, length, first page number, bytes of a page.
     :param traced: with ``state`` and ``records``, the arrays of a :class:`~outboard.pages.traps.TrapRing`.
     """
@@ -249,7 +256,7 @@ def answer(
         lates = kept
         got = native.read(uffd, messages.ctypes.data, 32 * (_MESSAGES - lates)) if lates < _MESSAGES else 0
         now = native.monotonic_ns(room)
-        ran = native.clock_ns(clock, room) if got > 0 else 0
+        run = follow(clock, seen, now, room) if got > 0 else 0
         for index in range(max(0, got) // 32):
             if messages[index, 0] & 255 != _PAGEFAULT or not messages[index, 1] & _MINOR:
                 continue
@@ -261,7 +268,7 @@ def answer(
                     inside = inside // size * size
                     # Noted before it is answered: whoever sees the access done finds it noted.
                     page = regions[row, 2] + inside // 4096
-                    note(traced, state, records, page, now, now, ran, messages[index, 1] & _WRITE)
+                    note(traced, state, records, page, now, now, run, messages[index, 1] & _WRITE)
                     control[FAULTS] += 1
                     if _map(uffd, regions[row, 0] + inside, size, argument) == _EAGAIN:
                         late[lates, 0], late[lates, 1] = regions[row, 0] + inside, size

@@ -177,6 +177,8 @@ class MessageTrace(_Registered):
     def __init__(self, guest: Guest) -> None:
         super().__init__(guest, Features.PAGEFAULT_FLAG_WP | Features.WP_HUGETLBFS_SHMEM)
         self._written: NDArray[np.bool_] = np.zeros(guest.pages, dtype=np.bool_)
+        # A page is noted and unprotected, or taken and protected, never half of each.
+        self._taking = threading.Lock()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="write-trace", daemon=True)
         self._thread.start()
@@ -203,21 +205,19 @@ class MessageTrace(_Registered):
                 for region in self._guest.regions:
                     if region.hva <= address < region.hva + region.pages * PAGE_SIZE:
                         per = region.page_size // PAGE_SIZE
-                        offset = (address - region.hva) // region.page_size * per
-                        self._written[region.first + offset : region.first + offset + per] = True
-                        self._protect(region, region.first + offset, per, protect=False)
+                        first = region.first + (address - region.hva) // region.page_size * per
+                        with self._taking:
+                            self._written[first : first + per] = True
+                            self._protect(region, first, per, protect=False)
 
     def _scan(self, region: Region, start: int, end: int, *, rearm: bool) -> Runs:
         first = region.first + (start - region.hva) // PAGE_SIZE
         last = region.first + (end - region.hva) // PAGE_SIZE
-        runs = shifted(PageSet.from_mask(self._written[first:last]).runs(), first)
-        if not rearm:
-            return runs
-        # A page noted here is unprotected: no fault can mark it between these two lines, and whoever reads its content
-        # does so after both.
-        for run_first, count in runs.tolist():
-            self._written[run_first : run_first + count] = False
-            self._protect(region, run_first, count, protect=True)
+        with self._taking:
+            runs = shifted(PageSet.from_mask(self._written[first:last]).runs(), first)
+            for run_first, count in runs.tolist() if rearm else ():
+                self._written[run_first : run_first + count] = False
+                self._protect(region, run_first, count, protect=True)
         return runs
 
     def close(self) -> None:

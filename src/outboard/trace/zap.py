@@ -34,6 +34,7 @@ from outboard.linux.pagemap import PRESENT_ENTRY, Pagemap
 from outboard.linux.process_madvise import Advice
 from outboard.linux.userfaultfd import UFFDIO_WRITEPROTECT, Userfaultfd
 from outboard.pages import PAGE_SIZE
+from outboard.trace.running import Running, ran
 from outboard.vmm.guest import Guest
 
 Moments = NDArray[np.int64]
@@ -72,12 +73,17 @@ class Zap(Protocol):
         ...
 
 
-@njit("int64(int32, int32, int32, int32, int64[::1], int64[:, ::1], int64[::1], int64[:, ::1])", cache=True, nogil=True)
+@njit(
+    "int64(int32, int32, int32, int32, int64[::1], int64[::1], int64[:, ::1], int64[::1], int64[:, ::1])",
+    cache=True,
+    nogil=True,
+)
 def _pageout(
     process: int,
     pagemap: int,
     uffd: int,
     clock: int,
+    seen: NDArray[np.int64],
     addresses: NDArray[np.int64],
     spans: NDArray[np.int64],
     span: NDArray[np.int64],
@@ -87,7 +93,7 @@ def _pageout(
     argument = np.empty(3, dtype=np.int64)
     entry = np.empty(1, dtype=np.int64)
     argument[2] = 1
-    now = ran = 0
+    now = run = 0
     for index in range(addresses.shape[0]):
         if index == 0 or span[index] != span[index - 1]:
             argument[0], argument[1] = spans[span[index], 0], spans[span[index], 1]
@@ -95,12 +101,13 @@ def _pageout(
             answer = native.process_madvise(process, argument.ctypes.data, 1, _PAGEOUT)
             if answer < 0:
                 return answer
-            now, ran = native.monotonic_ns(room), native.clock_ns(clock, room)
+            now = native.monotonic_ns(room)
+            run = ran(clock, seen, now, room)
         answer = native.pread(pagemap, entry.ctypes.data, 8, addresses[index] // 4096 * 8)
         if answer != 8:
             return min(answer, _ESRCH)
         if not entry[0] & PRESENT_ENTRY:
-            done[index, 0], done[index, 1] = now, ran
+            done[index, 0], done[index, 1] = now, run
         if uffd >= 0 and (index + 1 == addresses.shape[0] or span[index + 1] != span[index]):
             answer = native.ioctl(uffd, _PROTECT, argument.ctypes.data)
             if answer < 0:
@@ -113,9 +120,9 @@ class Pageout:
 
     name = "pageout"
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, running: Running) -> None:
         self._pid = guest.pid
-        self._clock = cpuclock.of(guest.pid)
+        self._running = running
         self._pagemap = Pagemap(guest.pid)
         self._process = pidfd.open(guest.pid)
 
@@ -126,7 +133,8 @@ class Pageout:
             self._process,
             self._pagemap.fileno(),
             fd,
-            self._clock,
+            self._running.clock,
+            self._running.seen,
             places.addresses,
             places.spans,
             places.span,
@@ -148,13 +156,14 @@ class Dontneed:
 
     name = "dontneed"
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, running: Running) -> None:
         self._guest = guest
+        self._running = running
 
     def __call__(self, places: Places, protect: Userfaultfd | None) -> Moments:
         calls: NDArray[np.int64] = np.zeros((len(places.spans), 7), dtype=np.int64)
         calls[:, 0], calls[:, 1:3], calls[:, 3] = _SYS_MADVISE, places.spans, mmap.MADV_DONTNEED
-        began = (time.monotonic_ns(), cpuclock.read(cpuclock.of(self._guest.pid)))
+        began = (time.monotonic_ns(), cpuclock.read(self._running.clock))
         with ptrace.Stopped(self._guest.pid, self._guest.emulator_thread()) as target:
             refused = target.batch(calls)
         if refused.any():
@@ -170,13 +179,13 @@ class Dontneed:
         pass
 
 
-def open_zap(guest: Guest) -> Zap:
+def open_zap(guest: Guest, running: Running) -> Zap:
     """The way that suits this guest and this machine.
 
     :raise KernelError: the process has ended.
     """
     large = any(region.page_size != PAGE_SIZE for region in guest.regions)
-    return Dontneed(guest) if large or proc.meminfo()["SwapTotal"] else Pageout(guest)
+    return Dontneed(guest, running) if large or proc.meminfo()["SwapTotal"] else Pageout(guest, running)
 
 
 def places_of(guest: Guest, pages: NDArray[np.int64]) -> Places:
