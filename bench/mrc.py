@@ -33,7 +33,7 @@ from .patterns import PATTERNS
 
 _SIZES = 64
 _WARM_S = 3.0
-_SLICE_S = 1.0
+_SLICE_S, _SETTLE_S = 0.3, 0.1
 _BACKENDS: dict[str, type[AccessTrace]] = {kind.backend: kind for kind in (PageTablesTrace, MessagesTrace)}
 
 
@@ -122,15 +122,15 @@ def _trace(sampler: Sampler, seconds: float) -> None:
 
 
 def _slowdowns(target: KnownTarget, sampler: Sampler, pairs: int) -> tuple[float, float]:
-    """Medians over pairs of slices: traced, and not traced."""
+    """Medians over pairs of slices: traced, and not traced. Short ones: what else the machine does is the same in both."""
     found = []
     for _ in range(pairs):
-        _trace(sampler, 0.2)
+        _trace(sampler, _SETTLE_S)
         marks = [target.mark()]
         _trace(sampler, _SLICE_S)
         marks.append(target.mark())
         # What is armed now is touched soon.
-        time.sleep(0.2)
+        time.sleep(_SETTLE_S)
         marks.append(target.mark())
         time.sleep(_SLICE_S)
         marks.append(target.mark())
@@ -163,7 +163,7 @@ def run(
             ended = target.mark()
             sizes = np.linspace(0, pages, _SIZES + 1)[1:]
             curve, told = sampler.curve(sizes), sampler.statistics()
-            costs = _slowdowns(target, sampler, max(5, int(window / 3)))
+            costs = _slowdowns(target, sampler, max(20, int(window)))
     seconds = ended.clock - began.clock
     touches = ended.touches - began.touches
     truth = misses(target.accesses(ended.touches), pages, began.touches, sizes)

@@ -14,7 +14,7 @@ from rich.text import Text
 from outboard.cli.attach import memory_options, open_memory
 from outboard.cli.output import output_option, print_json, print_table, size_text
 from outboard.cli.plots import html_page, rate_text, svg_chart, text_chart
-from outboard.cli.sampled import Sampled, sampled
+from outboard.cli.sampled import Sampled, sampled, slowdown_option
 from outboard.trace.curve import MissRateCurve
 
 _SIZES = 64
@@ -99,13 +99,7 @@ def _picture(report: Curve) -> str:
 @click.option("--interval", type=click.FloatRange(0.5), default=5.0, show_default=True, help="Of --live and ndjson.")
 @click.option("--live", is_flag=True, help="Draw the curve again in each interval.")
 @click.option("--access-rate", type=click.FloatRange(0, min_open=True), help="Accesses/s, if known: adds the ratio.")
-@click.option(
-    "--slowdown",
-    type=click.FloatRange(0, 50, min_open=True),
-    default=2.0,
-    show_default=True,
-    help="Percent of its time that the VM may lose.",
-)
+@slowdown_option
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw the curve into this file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with the curve.")
 @output_option("table", "json", "ndjson")

@@ -27,13 +27,13 @@ _STYLE = (
 
 
 def decades(values: Floats) -> tuple[int, int]:
-    """The powers of ten between which positive ``values`` lie, five decades at most; 0 and 1 where there are none."""
+    """The powers of ten between which positive ``values`` lie, four decades at most; 0 and 1 where there are none."""
     positive = values[values > 0]
     if not positive.size:
         return 0, 1
     high = math.ceil(math.log10(float(positive.max())) + 1e-9)
     low = math.floor(math.log10(float(positive.min())))
-    return max(low, high - 5), max(high, low + 1)
+    return max(low, high - 4), max(high, low + 1)
 
 
 def _heights(values: Floats, low: int, high: int) -> Floats:
@@ -73,11 +73,9 @@ def text_chart(sizes: Floats, rates: Floats, columns: int, rows: int) -> str:
             cells[between // 4, x // 2] |= _DOTS[between % 4][x % 2]
         before = y
     lines = []
+    labels = {round((high - power) / (high - low) * (rows - 1)): power for power in range(low, high + 1)}
     for row in range(rows):
-        decade = high - row * (high - low) / (rows - 1)
-        label = (
-            rate_text(10.0 ** round(decade)) if abs(decade - round(decade)) < 0.5 / (rows - 1) * (high - low) else ""
-        )
+        label = rate_text(10.0 ** labels[row]) if row in labels else ""
         lines.append(f"{label:>6} │" + "".join(chr(0x2800 + int(cell)) for cell in cells[row]))
     ruler = [" "] * (columns + 8)
     for size in steps(float(sizes[-1])):

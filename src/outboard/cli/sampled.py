@@ -1,4 +1,4 @@
-"""What mrc and wss share: a guest's memory, opened and sampled for as long as a command runs."""
+"""What heat, mrc and wss share: a guest's memory, sampled for as long as a command runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import click
 import numpy as np
 
+from outboard.cli.output import C
 from outboard.errors import RefusedError
 from outboard.pages import PAGE_SIZE
 from outboard.trace.accesses import AccessTrace, open_access_trace
@@ -38,12 +40,21 @@ class Sampled:
         return self.unit * PAGE_SIZE
 
 
-@contextmanager
-def sampled(guest: Guest, slowdown: float) -> Iterator[Sampled]:
-    """Sample ``guest`` so that it loses at most ``slowdown``, a fraction.
+def slowdown_option(command: C) -> C:
+    """The option ``--slowdown``."""
+    return click.option(
+        "--slowdown",
+        type=click.FloatRange(0, 50, min_open=True),
+        default=2.0,
+        show_default=True,
+        help="Percent of its running time that the VM may lose.",
+    )(command)
 
-    :raise RefusedError: ``mixed-pages``: its memory is in pages of several sizes; or as
-        :func:`~outboard.trace.accesses.open_access_trace`.
+
+def unit_of(guest: Guest) -> int:
+    """How many pages are touched as one: 512 with 2 MiB pages.
+
+    :raise RefusedError: ``mixed-pages``: its memory is in pages of several sizes.
     """
     sizes = {region.page_size for region in guest.regions}
     if len(sizes) > 1:
@@ -51,7 +62,16 @@ def sampled(guest: Guest, slowdown: float) -> Iterator[Sampled]:
             "mixed-pages",
             f"{guest.name}: its memory is in pages of {sorted(sizes)} bytes, and a sample of pages needs one size",
         )
-    unit = sizes.pop() // PAGE_SIZE
+    return sizes.pop() // PAGE_SIZE
+
+
+@contextmanager
+def sampled(guest: Guest, slowdown: float) -> Iterator[Sampled]:
+    """Sample ``guest`` so that it loses at most ``slowdown``, a fraction.
+
+    :raise RefusedError: as :func:`unit_of` and :func:`~outboard.trace.accesses.open_access_trace`.
+    """
+    unit = unit_of(guest)
     with open_access_trace(guest) as trace:
         sampler = Sampler(
             trace,

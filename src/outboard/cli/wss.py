@@ -10,7 +10,7 @@ import numpy as np
 
 from outboard.cli.attach import memory_options, open_memory
 from outboard.cli.output import output_option, print_json, print_table, size_text
-from outboard.cli.sampled import sampled
+from outboard.cli.sampled import sampled, slowdown_option
 
 _WINDOWS = (0.01, 0.1, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -35,13 +35,7 @@ class WorkingSets(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard
 @click.command(epilog="Example: outboard wss web --duration 60")
 @memory_options
 @click.option("--duration", type=click.FloatRange(1), default=20.0, show_default=True, help="Seconds.")
-@click.option(
-    "--slowdown",
-    type=click.FloatRange(0, 50, min_open=True),
-    default=2.0,
-    show_default=True,
-    help="Percent of its time that the VM may lose.",
-)
+@slowdown_option
 @output_option("table", "json")
 def wss(vm: str | None, qmp: Path | None, pid: int | None, duration: float, slowdown: float, output: str) -> None:
     """Show how much memory the VM touches within a hundredth of a second, a second, ten, on average.

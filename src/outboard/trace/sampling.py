@@ -201,12 +201,13 @@ class Sampler:
 
     def working_set(self, windows: NDArray[np.float64]) -> NDArray[np.float64]:
         """How many pages are touched within each window, in seconds, on average over all the time so far; not a number
-        where the window is longer than half of it."""
+        where the window is much longer than half of it."""
         exposure = self._exposure(self._began)
         known, sizes = working_set(self._all(), exposure)
         known = known * exposure.seconds / exposure.ran
         found: NDArray[np.float64] = np.interp(windows, known, sizes)
-        found[windows > known[-1]] = np.nan
+        # The last bin that is known may end a little before.
+        found[windows > known[-1] * 1.1] = np.nan
         return found
 
     def statistics(self) -> SamplerStatistics:
