@@ -122,7 +122,7 @@ def _trace(sampler: Sampler, seconds: float) -> None:
 
 
 def _slowdowns(target: KnownTarget, sampler: Sampler, pairs: int) -> tuple[float, float]:
-    """Medians over pairs of slices: traced, and not traced. Short ones: what else the machine does is the same in both."""
+    """Medians over pairs of slices, traced and not traced; short ones, in which the rest of the machine does alike."""
     found = []
     for _ in range(pairs):
         _trace(sampler, _SETTLE_S)
