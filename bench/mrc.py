@@ -163,6 +163,7 @@ def run(
             ended = target.mark()
             sizes = np.linspace(0, pages, _SIZES + 1)[1:]
             curve, told = sampler.curve(sizes), sampler.statistics()
+            state = told.state + trace.statistics().state
             costs = _slowdowns(target, sampler, max(20, int(window)))
     seconds = ended.clock - began.clock
     touches = ended.touches - began.touches
@@ -175,7 +176,7 @@ def run(
         *costs,
         told.traps / seconds,
         touches / seconds,
-        told.state,
+        state,
         float(np.mean((curve.low * seconds <= truth) & (truth <= curve.high * seconds))),
         spent / seconds,
     )

@@ -63,11 +63,13 @@ def test_the_budget_is_kept() -> None:
     assert 300 * 4 * 0.9 <= fewer.statistics().arms <= 300 * 4 * 1.02
 
 
-def test_a_guest_that_does_not_run_is_left_alone() -> None:
-    sampler, trace, _ = sampled("uniform", Budget(trap_s=1e-5), 1, running=0)
-    assert trace.arms == 0
-    assert not sampler.curve(SIZES).misses.any()
-    assert sampler.working_set(np.array([1.0])).tolist() == [0]
+def test_a_guest_that_hardly_runs_is_traced_as_one_that_runs_a_tenth() -> None:
+    budget = Budget(trap_s=1e-5)
+    assert budget.afforded(1.0, 0.01) == budget.afforded(1.0, 0.1) == pytest.approx(200)
+    sampler, trace, truth = sampled("uniform", Budget(trap_s=1e-5, slowdown=0.2), 4, running=0.01)
+    assert 0.9 * 2000 * 4 < trace.arms < 1.02 * 2000 * 4
+    curve = sampler.curve(SIZES)
+    assert curve.misses == pytest.approx(truth / curve.seconds, abs=0.05 * RATE)
 
 
 def test_windows_of_time_have_curves_of_their_own() -> None:

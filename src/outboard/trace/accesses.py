@@ -46,14 +46,15 @@ from outboard.trace.running import Running
 from outboard.trace.zap import Moments, Places, Zap, heads, open_zap, places_of
 from outboard.vmm.guest import Guest
 
-_ROWS = 4096
+_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class AccessTraceStatistics:
     """What a trace has done so far, in pages; ``looks`` at page tables and ``faults`` answered are counts.
 
-    ``at_once`` were found touched when first looked at; ``dropped`` found no room and were not told of.
+    ``at_once`` were found touched when first looked at; ``dropped`` found no room and were not told of. ``state``:
+    bytes held, besides one for each page of the guest.
     """
 
     backend: str
@@ -64,6 +65,7 @@ class AccessTraceStatistics:
     dropped: int
     looks: int
     faults: int
+    state: int
 
 
 class AccessTrace(ABC):
@@ -172,6 +174,7 @@ class AccessTrace(ABC):
             self.ring.dropped,
             int(self._control[watch.LOOKS]),
             int(self._control[watch.FAULTS]),
+            self.ring.records.nbytes + self._fresh.nbytes + int(self._control[watch.HEAP]),
         )
 
     def close(self) -> None:

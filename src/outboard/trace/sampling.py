@@ -26,6 +26,7 @@ MOST = 8_192
 """Pages sampled at most."""
 _STEP_S = 0.01
 _AT_A_TIME = 64
+_IDLE = 0.1
 _CHUNK = 1 << 20
 
 
@@ -42,7 +43,7 @@ class Traced(Protocol):
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What tracing may cost: at most ``traps`` a second, and at most ``slowdown``, a fraction of the time in which the
-    guest runs.
+    guest runs. A guest that runs for less than a tenth of the time counts as one that runs for a tenth.
 
     ``trap_s``: what a trap costs the guest, in seconds.
     """
@@ -53,7 +54,7 @@ class Budget:
 
     def afforded(self, elapsed: float, ran: float) -> float:
         """How many traps there may be in ``elapsed`` seconds, in which the guest ran for ``ran`` seconds."""
-        return min(self.traps * elapsed, self.slowdown * ran / self.trap_s)
+        return min(self.traps * elapsed, self.slowdown * max(ran, elapsed * _IDLE) / self.trap_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,7 @@ class Sampler:
         """Take what was seen, and arm what is due; how long to sleep until the next call, in seconds."""
         now = (self._clock(), self._trace.ran())
         elapsed, ran = max(1, now[0] - self._then[0]) / 1e9, (now[1] - self._then[1]) / 1e9
-        # Over about a second: the kernel counts the time of a running process from tick to tick.
-        self._pace += (ran / elapsed - self._pace) * min(1.0, elapsed)
+        self._pace = ran / elapsed
         self._then = now
         self._take()
         wanted = min(self._budget.afforded(elapsed, ran), _AT_A_TIME, self._untraced)

@@ -27,9 +27,9 @@ from outboard.trace.running import follow
 STOP, WATCH, LOOK = range(3)
 """What can be asked: to end, to watch more pages, to look at all of them now."""
 
-ASKED, ROWS, WATCHED, LOOKS, FAULTS, AT_ONCE, FAILED = range(7)
-"""The words of ``control``: the request, how many rows of ``fresh`` it gives; pages watched; looks, faults, and pages
-found touched at the first look, so far; the errno that ended the work."""
+ASKED, ROWS, HEAP, LOOKS, FAULTS, AT_ONCE, FAILED = range(7)
+"""The words of ``control``: the request, how many rows of ``fresh`` it gives; bytes of the heap; looks, faults, and
+pages found touched at the first look, so far; the errno that ended the work."""
 
 _AT_LEAST_NS = 30_000
 _PART = 16
@@ -173,7 +173,7 @@ def look(
                 size = kept
                 for index in range(size // 2 - 1, -1, -1):
                     _sink(heap, size, index)
-            control[WATCHED] = size
+            control[HEAP] = heap.size * 8
             word[0] = 1
             native.write(reply, word.ctypes.data, 8)
         now = native.monotonic_ns(room)
@@ -188,7 +188,6 @@ def look(
             _sink(heap, size, 0)
         if control[FAILED]:
             size = 0
-        control[WATCHED] = size
 
 
 @njit(
