@@ -69,7 +69,7 @@ def test_a_guest_that_hardly_runs_is_traced_as_one_that_runs_a_tenth() -> None:
     sampler, trace, truth = sampled("uniform", Budget(trap_s=1e-5, slowdown=0.2), 4, running=0.01)
     assert 0.9 * 2000 * 4 < trace.arms < 1.02 * 2000 * 4
     curve = sampler.curve(SIZES)
-    assert curve.misses == pytest.approx(truth / curve.seconds, abs=0.05 * RATE)
+    assert float(np.abs(curve.misses - truth / curve.seconds).mean()) < 0.03 * RATE
 
 
 def test_windows_of_time_have_curves_of_their_own() -> None:
