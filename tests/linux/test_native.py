@@ -8,7 +8,9 @@ import time
 
 import numpy as np
 
-from outboard.linux import memfd, native
+from outboard.linux import memfd, native, pidfd
+from outboard.linux.process_madvise import Advice
+from tests.support.target import Target
 
 
 def test_bytes_go_out_and_come_in() -> None:
@@ -62,3 +64,23 @@ def test_the_clock_is_pythons() -> None:
     before = time.monotonic_ns()
     between = native.monotonic_ns(room)
     assert before <= between <= time.monotonic_ns()
+    assert between <= native.clock_ns(time.CLOCK_MONOTONIC, room) <= time.monotonic_ns()
+    assert native.clock_ns(99, room) == -errno.EINVAL
+
+
+def test_ppoll_waits_as_long_as_it_is_told() -> None:
+    room = np.zeros(2, dtype=np.int64)
+    before = native.monotonic_ns(room)
+    assert native.ppoll(room.ctypes.data, 0, 2_000_000, room) == 0
+    assert native.monotonic_ns(room) - before >= 2_000_000
+
+
+def test_advice_goes_to_another_process() -> None:
+    with Target() as target:
+        process = pidfd.open(target.pid)
+        vector = np.array([target.start, 4 * 4096], dtype=np.uint64)
+        try:
+            assert native.process_madvise(process, vector.ctypes.data, 1, Advice.COLD) == 4 * 4096
+            assert native.process_madvise(process, vector.ctypes.data, 1, 999) == -errno.EINVAL
+        finally:
+            pidfd.close(process)

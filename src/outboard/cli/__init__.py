@@ -19,15 +19,18 @@ _COMMANDS = {
     "engine": "outboard.cli.memory:engine",
     "evict": "outboard.cli.memory:evict",
     "fetch": "outboard.cli.memory:fetch",
+    "heat": "outboard.cli.heat:heat",
     "history": "outboard.cli.history:history",
     "limit": "outboard.cli.migrate:limit",
     "ls": "outboard.cli.attach:ls",
     "migrate": "outboard.cli.migrate:migrate",
+    "mrc": "outboard.cli.mrc:mrc",
     "pki": "outboard.cli.pki:pki",
     "release": "outboard.cli.memory:release",
     "residency": "outboard.cli.memory:residency",
     "run": "outboard.cli.run:run",
     "stop": "outboard.cli.run:stop",
+    "wss": "outboard.cli.wss:wss",
 }
 
 

@@ -8,11 +8,12 @@ import click
 import msgspec
 
 from outboard.agent.config import runtime_dir
-from outboard.cli.output import output_option, print_json, print_table, size_text
-from outboard.errors import UsageError
+from outboard.cli.output import C, output_option, print_json, print_table, size_text
+from outboard.errors import RefusedError, UsageError
 from outboard.pages import PAGE_SIZE
 from outboard.vmm.attach import attach as attach_to
-from outboard.vmm.guest import QemuGuest
+from outboard.vmm.guest import Guest, QemuGuest
+from outboard.vmm.process import attach_process
 from outboard.vmm.registry import Registry
 
 
@@ -56,6 +57,29 @@ def open_guest(vm: str | None, qmp: Path | None, pid: int | None) -> QemuGuest:
     if sum(one is not None for one in (vm, qmp, pid)) != 1:
         raise UsageError("name one VM: by its name, by --qmp SOCKET, or by --pid PID")
     return Registry(runtime_dir()).get(vm).attach() if vm is not None else attach_to(qmp=qmp, pid=pid)
+
+
+def open_memory(vm: str | None, qmp: Path | None, pid: int | None) -> Guest:
+    """As :func:`open_guest`, for what needs memory only: ``pid`` may be any process with shared memory."""
+    try:
+        return open_guest(vm, qmp, pid)
+    except RefusedError as error:
+        if pid is None or error.reason != "not-qemu":
+            raise
+        return attach_process(pid)
+
+
+def memory_options(command: C) -> C:
+    """How a command names what :func:`open_memory` opens."""
+    for option in (
+        click.option("--pid", type=int, help="A QEMU that Outboard did not start, or any process with shared memory."),
+        click.option(
+            "--qmp", type=click.Path(path_type=Path), help="A QEMU that Outboard did not start, by its QMP socket."
+        ),
+        click.argument("vm", required=False),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(epilog="Example: outboard attach --pid 4711 -o json")

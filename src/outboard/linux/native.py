@@ -1,4 +1,4 @@
-"""read(2), poll(2), ioctl(2), pread(2), pwrite(2), fallocate(2), clock_gettime(2) for loops that numba compiles.
+"""read(2), write(2), poll(2), ioctl(2), pread(2), pwrite(2), fallocate(2) and others for loops that numba compiles.
 
 A compiled loop calls libc without the interpreter and without the GIL, which is what the fault path and batches of
 scattered pages need. Each function takes plain numbers, addresses included, and answers as the kernel does: a result,
@@ -11,6 +11,8 @@ from typing import Any
 
 from numba import carray, njit, types  # type: ignore[attr-defined]  # numba re-exports carray
 
+from outboard.linux.process_madvise import SYS_process_madvise
+
 
 def _libc(name: str, result: Any, *arguments: Any) -> Any:
     """A function of libc's, which the compiler finds by its name and may keep in its cache by that."""
@@ -19,12 +21,16 @@ def _libc(name: str, result: Any, *arguments: Any) -> Any:
 
 _errno = _libc("__errno_location", types.CPointer(types.int32))  # type: ignore[no-untyped-call]
 _read = _libc("read", types.int64, types.int32, types.uintp, types.uint64)
+_write = _libc("write", types.int64, types.int32, types.uintp, types.uint64)
 _poll = _libc("poll", types.int32, types.uintp, types.uint64, types.int32)
 _ioctl = _libc("ioctl", types.int32, types.int32, types.uint64, types.uintp)
 _pread = _libc("pread", types.int64, types.int32, types.uintp, types.uint64, types.int64)
 _pwrite = _libc("pwrite", types.int64, types.int32, types.uintp, types.uint64, types.int64)
 _fallocate = _libc("fallocate", types.int32, types.int32, types.int32, types.int64, types.int64)
 _clock_gettime = _libc("clock_gettime", types.int32, types.int32, types.uintp)
+_ppoll = _libc("ppoll", types.int32, types.uintp, types.uint64, types.uintp, types.uintp)
+# The C library of Debian 12 has no function of its own for it.
+_syscall = _libc("syscall", types.int64, types.int64, types.int64, types.uintp, types.uint64, types.int64, types.uint64)
 
 _CLOCK_MONOTONIC = 1
 
@@ -40,10 +46,23 @@ def read(fd: int, address: int, length: int) -> int:
     return _answer(_read(fd, address, length))
 
 
+@njit("int64(int32, uintp, uint64)", cache=True, nogil=True)
+def write(fd: int, address: int, length: int) -> int:
+    """Write up to ``length`` bytes from ``address``; how many."""
+    return _answer(_write(fd, address, length))
+
+
 @njit("int64(uintp, uint64, int32)", cache=True, nogil=True)
 def poll(address: int, count: int, timeout_ms: int) -> int:
     """Wait for one of the ``count`` struct pollfd at ``address``; how many are ready."""
     return _answer(_poll(address, count, timeout_ms))
+
+
+@njit("int64(uintp, uint64, int64, int64[::1])", cache=True, nogil=True)
+def ppoll(address: int, count: int, timeout_ns: int, room: Any) -> int:
+    """:func:`poll` with a timeout in nanoseconds; ``room`` is two int64 for a struct timespec."""
+    room[0], room[1] = timeout_ns // 1_000_000_000, timeout_ns % 1_000_000_000
+    return _answer(_ppoll(address, count, room.ctypes.data, 0))
 
 
 @njit("int64(int32, uint64, uintp)", cache=True, nogil=True)
@@ -70,8 +89,21 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     return _answer(_fallocate(fd, mode, offset, length))
 
 
+@njit("int64(int32, int64[::1])", cache=True, nogil=True)
+def clock_ns(clock: int, room: Any) -> int:
+    """What a clock shows, in nanoseconds; ``room`` is two int64 for a struct timespec."""
+    answer = _answer(_clock_gettime(clock, room.ctypes.data))
+    return answer if answer < 0 else room[0] * 1_000_000_000 + room[1]
+
+
 @njit("int64(int64[::1])", cache=True, nogil=True)
 def monotonic_ns(room: Any) -> int:
     """CLOCK_MONOTONIC in nanoseconds; ``room`` is two int64 for a struct timespec."""
     _clock_gettime(_CLOCK_MONOTONIC, room.ctypes.data)
     return room[0] * 1_000_000_000 + room[1]  # type: ignore[no-any-return]
+
+
+@njit("int64(int32, uintp, uint64, int32)", cache=True, nogil=True)
+def process_madvise(pidfd: int, address: int, count: int, advice: int) -> int:
+    """Advise on the ``count`` struct iovec at ``address``; how many bytes were advised on."""
+    return _answer(_syscall(SYS_process_madvise, pidfd, address, count, advice, 0))

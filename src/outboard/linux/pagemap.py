@@ -41,7 +41,11 @@ PM_SCAN_WP_MATCHING = 1 << 0
 PM_SCAN_CHECK_WPASYNC = 1 << 1
 
 SOFT_DIRTY_ENTRY = 1 << 55
-"""The bit of a classic entry: written since clear_refs was told 4."""
+"""A bit of a classic entry: written since clear_refs was told 4."""
+WRITE_PROTECTED_ENTRY = 1 << 57
+"""A bit of a classic entry: write-protected by a userfaultfd."""
+PRESENT_ENTRY = -1 << 63
+"""The sign of a classic entry: mapped."""
 
 
 @layout(96)
@@ -79,6 +83,10 @@ class Pagemap:
         except OSError as error:
             raise KernelError(f"open of /proc/{pid}/pagemap", error.errno or 0) from error
         self._vector: NDArray[np.uint64] = np.empty((_ROOM, 3), dtype=np.uint64)
+
+    def fileno(self) -> int:
+        """The descriptor, for compiled loops that read entries."""
+        return self._fd
 
     def close(self) -> None:
         """Idempotent."""

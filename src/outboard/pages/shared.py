@@ -65,6 +65,20 @@ def _exchange(typing_context: Any, array: Any, index: Any, value: Any) -> Any:  
     return types.uint8(array, types.int64, types.uint8), generate
 
 
+@intrinsic
+def publish(typing_context: Any, array: Any, index: Any, value: Any) -> Any:  # noqa: ARG001  # numba's signature
+    """Put ``value`` at ``array[index]``, of int64, so that whoever sees it sees all that was stored before it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0]
+        made = context.make_array(kind)(context, builder, arguments[0])
+        place = cgutils.get_item_pointer(context, builder, kind, made, [arguments[1]], wraparound=False)  # type: ignore[no-untyped-call]
+        builder.store_atomic(arguments[2], place, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64), generate
+
+
 @njit("void(uint8[::1], int64, boolean[::1])", cache=True, nogil=True)
 def _claim(flags: NDArray[np.uint8], first: int, out: NDArray[np.bool_]) -> None:
     for index in range(out.shape[0]):

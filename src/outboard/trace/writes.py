@@ -28,12 +28,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import KernelError, RefusedError
-from outboard.linux import pagemap, pidfd, proc, ptrace
+from outboard.errors import RefusedError
+from outboard.linux import pagemap, pidfd, proc
 from outboard.linux.pagemap import Category, Pagemap
-from outboard.linux.userfaultfd import Fault, FaultFlag, Features, Mode, Userfaultfd, available_features
+from outboard.linux.userfaultfd import Fault, FaultFlag, Features, Mode, available_features
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs, shifted
+from outboard.trace.registration import Registration
 from outboard.vmm.guest import Guest, Region
 
 _NEAR = 512
@@ -131,35 +132,14 @@ def _page_runs(region: Region, ranges: NDArray[np.uint64]) -> Runs:
 
 
 class _Registered(WriteTrace):
-    """What the two userfaultfd back ends share: injection, registration and their undoing."""
+    """What the two userfaultfd back ends share."""
 
     def __init__(self, guest: Guest, features: Features) -> None:
         super().__init__(guest)
-        self._uffd: Userfaultfd | None = None
-        ours, self._theirs = ptrace.inject_userfaultfd(guest.pid, guest.emulator_thread())
-        self._uffd = Userfaultfd(ours)
-        try:
-            self._uffd.api(features)
-            for region in guest.regions:
-                self._uffd.register(region.hva, region.pages * PAGE_SIZE, Mode.WP)
-        except BaseException:
-            self.close()
-            raise
+        self._registration = Registration(guest, features, Mode.WP)
 
     def close(self) -> None:
-        if self._uffd is None:
-            return
-        uffd, self._uffd = self._uffd, None
-        try:
-            for region in self._guest.regions:
-                uffd.unregister(region.hva, region.pages * PAGE_SIZE)
-            ptrace.close_in_target(self._guest.pid, self._theirs)
-        except KernelError:
-            # A VMM that has ended needs no tidying; one that lives keeps the error.
-            if pidfd.alive(self._guest.pid):
-                raise
-        finally:
-            uffd.close()
+        self._registration.close()
 
 
 class PagemapTrace(_Registered):
@@ -197,6 +177,8 @@ class MessageTrace(_Registered):
     def __init__(self, guest: Guest) -> None:
         super().__init__(guest, Features.PAGEFAULT_FLAG_WP | Features.WP_HUGETLBFS_SHMEM)
         self._written: NDArray[np.bool_] = np.zeros(guest.pages, dtype=np.bool_)
+        # A page is noted and unprotected, or taken and protected, never half of each.
+        self._taking = threading.Lock()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="write-trace", daemon=True)
         self._thread.start()
@@ -206,14 +188,11 @@ class MessageTrace(_Registered):
         self._armed_ns = time.monotonic_ns() - began
 
     def _protect(self, region: Region, first: int, count: int, *, protect: bool) -> None:
-        if self._uffd is not None:
-            start = region.hva + (first - region.first) * PAGE_SIZE
-            self._uffd.write_protect(start, count * PAGE_SIZE, protect)
+        start = region.hva + (first - region.first) * PAGE_SIZE
+        self._registration.uffd.write_protect(start, count * PAGE_SIZE, protect)
 
     def _serve(self) -> None:
-        uffd = self._uffd
-        if uffd is None:
-            return
+        uffd = self._registration.uffd
         poll = select.poll()
         poll.register(uffd.fileno(), select.POLLIN)
         while not self._ending.is_set():
@@ -226,21 +205,19 @@ class MessageTrace(_Registered):
                 for region in self._guest.regions:
                     if region.hva <= address < region.hva + region.pages * PAGE_SIZE:
                         per = region.page_size // PAGE_SIZE
-                        offset = (address - region.hva) // region.page_size * per
-                        self._written[region.first + offset : region.first + offset + per] = True
-                        self._protect(region, region.first + offset, per, protect=False)
+                        first = region.first + (address - region.hva) // region.page_size * per
+                        with self._taking:
+                            self._written[first : first + per] = True
+                            self._protect(region, first, per, protect=False)
 
     def _scan(self, region: Region, start: int, end: int, *, rearm: bool) -> Runs:
         first = region.first + (start - region.hva) // PAGE_SIZE
         last = region.first + (end - region.hva) // PAGE_SIZE
-        runs = shifted(PageSet.from_mask(self._written[first:last]).runs(), first)
-        if not rearm:
-            return runs
-        # A page noted here is unprotected: no fault can mark it between these two lines, and whoever reads its content
-        # does so after both.
-        for run_first, count in runs.tolist():
-            self._written[run_first : run_first + count] = False
-            self._protect(region, run_first, count, protect=True)
+        with self._taking:
+            runs = shifted(PageSet.from_mask(self._written[first:last]).runs(), first)
+            for run_first, count in runs.tolist() if rearm else ():
+                self._written[run_first : run_first + count] = False
+                self._protect(region, run_first, count, protect=True)
         return runs
 
     def close(self) -> None:

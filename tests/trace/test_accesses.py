@@ -1,0 +1,194 @@
+"""Each back end of the access trace tells exactly what was touched, once, and lets it be touched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from outboard.errors import KernelError, RefusedError
+from outboard.linux import proc
+from outboard.linux.userfaultfd import Features, available_features
+from outboard.pages.pageset import PageSet
+from outboard.trace import accesses
+from outboard.trace.accesses import AccessTrace, MessagesTrace, PageTablesTrace, open_access_trace
+from outboard.trace.running import Running
+from outboard.trace.zap import Dontneed, Pageout, open_zap
+from outboard.vmm.guest import Guest
+from tests.support.process_guest import guest_of
+from tests.support.requirements import require
+from tests.support.target import Target
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    with Target(mebibytes=16) as running:
+        yield running
+
+
+@pytest.fixture
+def guest(target: Target) -> Iterator[Guest]:
+    with guest_of(target) as found:
+        yield found
+
+
+@pytest.fixture(params=["page-tables-pageout", "page-tables-dontneed", "messages-pageout", "messages-dontneed"])
+def trace(guest: Guest, request: pytest.FixtureRequest) -> Iterator[AccessTrace]:
+    if request.param.endswith("pageout"):
+        require("no-swap")
+    if request.param.startswith("page-tables"):
+        require("wp-async")
+    kind = PageTablesTrace if request.param.startswith("page-tables") else MessagesTrace
+    way = Pageout if request.param.endswith("pageout") else Dontneed
+    with kind(guest, way) as opened:
+        yield opened
+
+
+def some(guest: Guest, *numbers: int) -> PageSet:
+    return PageSet.from_numbers(guest.pages, np.array(numbers, dtype=np.int64))
+
+
+def test_armed_pages_are_told_of_once(target: Target, guest: Guest, trace: AccessTrace) -> None:
+    # Not the last ones that the target has made: a processor holds those in hand, and MADV_PAGEOUT leaves them alone.
+    wanted = some(guest, 3, 4, 5, 700, 4000)
+    assert trace.arm(wanted) == wanted
+    assert len(trace.collect()) == 0
+    for order in ("r 700", "w 4 9", "r 6", "r 700", "w 700 1"):
+        target.ask(order)
+    found = trace.collect()
+    assert sorted(found["page"].tolist()) == [4, 700]
+    assert len(trace.collect()) == 0
+    target.ask("r 700")
+    assert len(trace.collect()) == 0
+    assert trace.arm(some(guest, 700)) == some(guest, 700)
+    assert target.ask("r 700") == "1"
+    assert trace.collect()["page"].tolist() == [700]
+    told = trace.statistics()
+    assert (told.armed, told.accesses, told.at_once, told.dropped) == (6, 3, 0, 0)
+
+
+def test_a_write_is_told_from_a_read(target: Target, guest: Guest, trace: AccessTrace) -> None:
+    trace.arm(some(guest, 10, 11))
+    target.ask("r 10")
+    target.ask("w 11 1")
+    found = trace.collect()
+    assert {int(page): bool(write) for page, write in zip(found["page"], found["write"], strict=True)} == {
+        10: False,
+        11: True,
+    }
+
+
+def test_the_moment_lies_between_two_bounds(target: Target, trace: AccessTrace) -> None:
+    numbers = np.arange(100, 200, 7)
+    pages, since = trace.arm_each(numbers)
+    assert pages.tolist() == numbers.tolist()
+    moments = {}
+    for page in reversed(pages.tolist()):
+        before = time.monotonic_ns()
+        target.ask(f"r {page}")
+        moments[page] = (before, time.monotonic_ns())
+    found = trace.collect()
+    assert sorted(found["page"].tolist()) == pages.tolist()
+    assert bool(np.all(np.diff(found["at"]) >= 0))
+    for page, after, at, ran, _ in found.tolist():
+        before, done = moments[page]
+        assert after <= done
+        assert at >= before
+        began, had_run = since[pages.tolist().index(page)]
+        assert after >= began
+        # To a tick.
+        assert ran >= had_run - 10_000_000
+
+
+def test_disarmed_pages_are_not_told_of(target: Target, guest: Guest, trace: AccessTrace) -> None:
+    trace.arm(some(guest, 1, 2, 3))
+    trace.disarm(some(guest, 2))
+    target.ask("t")
+    assert sorted(trace.collect()["page"].tolist()) == [1, 3]
+    trace.arm(some(guest, 2))
+    target.ask("r 2")
+    assert trace.collect()["page"].tolist() == [2]
+
+
+def test_all_of_memory_is_armed_and_nothing_is_lost(target: Target, guest: Guest, trace: AccessTrace) -> None:
+    everything = PageSet.full(guest.pages)
+    target.ask("g")
+    seen = 0
+    for _ in range(5):
+        trace.arm(everything)
+        seen += len(trace.collect())
+    assert target.ask("s").startswith("bad 0 of")
+    assert seen > 0
+    trace.collect()
+    armed = trace.arm(everything)
+    assert len(armed) >= guest.pages - 16
+    assert target.ask("t").startswith("touched ")
+    assert PageSet.from_numbers(guest.pages, trace.collect()["page"]) == armed
+
+
+def test_closing_leaves_no_trace_in_the_process(target: Target, guest: Guest) -> None:
+    before = proc.descriptors(target.pid)
+    ours = os.listdir("/proc/self/fd")  # noqa: PTH208  # what counts is how many
+    for _ in range(3):
+        with open_access_trace(guest) as opened:
+            opened.arm(PageSet.full(guest.pages))
+        opened.close()
+    assert len(os.listdir("/proc/self/fd")) == len(ours)  # noqa: PTH208
+    assert proc.descriptors(target.pid) == before
+    flags = proc.smaps(target.pid, target.start)["VmFlags"].split()
+    assert not {"um", "uw", "ui"} & set(flags)
+    assert target.ask("r 77") == "77"
+
+
+@pytest.mark.parametrize("kind", [PageTablesTrace, MessagesTrace])
+def test_the_end_of_the_process_is_told(kind: type[AccessTrace]) -> None:
+    require("wp-async")
+    target = Target()
+    with guest_of(target) as guest:
+        trace = kind(guest, Dontneed)
+        trace.arm(some(guest, 1, 2))
+        target.__exit__(None, None, None)
+        with pytest.raises(KernelError) as caught:
+            trace.arm(some(guest, 3))
+        assert caught.value.errno in (errno.ESRCH, errno.ENOENT)
+        trace.close()
+        trace.close()
+
+
+def test_looking_at_the_tables_of_an_ended_process_is_told() -> None:
+    require("wp-async", "no-swap")
+    target = Target()
+    with guest_of(target) as guest, PageTablesTrace(guest, Pageout) as trace:
+        trace.arm(some(guest, 1, 2))
+        target.__exit__(None, None, None)
+        with pytest.raises(KernelError) as caught:
+            trace.collect()
+        assert caught.value.errno == errno.ESRCH
+        with pytest.raises(KernelError):
+            trace.arm(some(guest, 3))
+
+
+def test_a_second_trace_is_refused(guest: Guest) -> None:
+    with open_access_trace(guest), pytest.raises(KernelError) as caught:
+        open_access_trace(guest)
+    assert caught.value.errno == errno.EBUSY
+
+
+def test_the_best_back_end_is_chosen_by_probing(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("wp-async", "no-swap")
+    with open_access_trace(guest) as trace:
+        assert (trace.statistics().backend, trace.statistics().zap) == ("page-tables", "pageout")
+    have = available_features()
+    monkeypatch.setattr(accesses, "available_features", lambda: have & ~Features.WP_ASYNC)
+    with open_access_trace(guest) as trace:
+        assert trace.statistics().backend == "messages"
+    monkeypatch.setattr(accesses, "available_features", lambda: Features(0))
+    with pytest.raises(RefusedError) as caught:
+        open_access_trace(guest)
+    assert caught.value.reason == "access-trace"
+    monkeypatch.setattr(proc, "meminfo", lambda: {"SwapTotal": 1})
+    assert open_zap(guest, Running(guest.pid)).name == "dontneed"
