@@ -17,12 +17,12 @@ import pytest
 from outboard.errors import DamagedPageError, KernelError, RefusedError, StoreFullError
 from outboard.linux import pidfd, proc, ptrace
 from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
-from outboard.pager.clamp import Clamp
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
 from outboard.stores.file import FileStore
+from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 from outboard.vmm.listener import Listener
 from tests.support.process_guest import guest_of

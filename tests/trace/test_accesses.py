@@ -173,9 +173,9 @@ def test_looking_at_the_tables_of_an_ended_process_is_told() -> None:
 
 
 def test_a_second_trace_is_refused(guest: Guest) -> None:
-    with open_access_trace(guest), pytest.raises(KernelError) as caught:
+    with open_access_trace(guest), pytest.raises(RefusedError) as caught:
         open_access_trace(guest)
-    assert caught.value.errno == errno.EBUSY
+    assert caught.value.reason == "uffd-taken"
 
 
 def test_the_best_back_end_is_chosen_by_probing(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from outboard.errors import KernelError, RefusedError
 from outboard.linux.userfaultfd import Features, Mode
-from outboard.pager.clamp import Clamp
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
 from outboard.pages.shared import shared_array
+from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest, Region
 
 _FEATURES = Features.MISSING_SHMEM | Features.MINOR_SHMEM
@@ -55,7 +55,7 @@ class ArrivingMemory:
         # QEMU's own reset has written to a fresh destination; a page that is present would never fault.
         for region in guest.regions:
             guest.memory.punch(region.first, region.pages)
-        self._clamp = Clamp.put_on(guest, _FEATURES, Mode.MISSING | Mode.MINOR)
+        self._clamp = Clamp.inject(guest, _FEATURES, Mode.MISSING | Mode.MINOR)
         self.uffd = self._clamp.uffd
 
     @property

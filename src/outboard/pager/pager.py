@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from outboard.errors import DamagedPageError, KernelError, RefusedError
 from outboard.linux.userfaultfd import Features, Mode
 from outboard.pager import batches
-from outboard.pager.clamp import Clamp
 from outboard.pager.faults import FaultServer, FaultStatistics
 from outboard.pager.serving import Table
 from outboard.pages import PAGE_SIZE
@@ -29,6 +28,7 @@ from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
 from outboard.stores.file import FileStore
+from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 
 _FEATURES = (
@@ -40,6 +40,7 @@ _FEATURES = (
     | Features.EVENT_REMAP
     | Features.EVENT_UNMAP
 )
+_MODE = Mode.MISSING | Mode.MINOR | Mode.WP
 _BATCH = 256
 """Pages: a megabyte in transit, and nobody waits longer for a page than such a batch takes."""
 
@@ -101,7 +102,7 @@ class Pager:
         self._claimed: NDArray[np.uint8] = np.zeros(guest.pages, dtype=np.uint8)
         self._staging: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
         self._evicted = self._zeros = self._fetched = 0
-        self._clamp = clamp or Clamp.put_on(guest, _FEATURES, Mode.MISSING | Mode.MINOR | Mode.WP)
+        self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
         self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
         self._recover()
         self._faults.start()

@@ -41,9 +41,9 @@ from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.pages.traps import TrapRing
 from outboard.trace import watch
-from outboard.trace.registration import Registration
 from outboard.trace.running import Running
 from outboard.trace.zap import Moments, Places, Zap, heads, open_zap, places_of
+from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 
 _ROWS = 1024
@@ -92,7 +92,7 @@ class AccessTrace(ABC):
         self._fresh: NDArray[np.int64] = np.zeros((_ROWS, 3), dtype=np.int64)
         self._pagemap = Pagemap(guest.pid)
         try:
-            self._registration = Registration(guest, self.features, self.mode)
+            self._clamp = Clamp.inject(guest, self.features, self.mode)
         except BaseException:
             self._pagemap.close()
             raise
@@ -183,7 +183,7 @@ class AccessTrace(ABC):
             return
         try:
             # Faults are answered until there can be no more.
-            self._registration.close()
+            self._clamp.release()
         finally:
             self._control[watch.ASKED] = watch.STOP
             os.eventfd_write(self._ask, 1)
@@ -224,7 +224,7 @@ class PageTablesTrace(AccessTrace):
         )
 
     def _arm(self, pages: NDArray[np.int64], places: Places) -> Moments:
-        since = self._zap(places, self._registration.uffd)
+        since = self._zap(places, self._clamp.uffd)
         armed = since[:, 0] > 0
         rows = np.column_stack((pages, places.addresses, since[:, 0]))[armed]
         for first in range(0, len(rows), _ROWS):
@@ -249,7 +249,7 @@ class MessagesTrace(AccessTrace):
         watch.answer(
             self._ask,
             self._reply,
-            self._registration.uffd.fileno(),
+            self._clamp.uffd.fileno(),
             self._running.clock,
             self._running.seen,
             self._control,
@@ -270,8 +270,8 @@ class MessagesTrace(AccessTrace):
 def open_access_trace(guest: Guest) -> AccessTrace:
     """A trace over ``guest``'s memory, with the best back end that this kernel has.
 
-    :raise RefusedError: ``access-trace``: the kernel has none.
-    :raise KernelError: injection or registration failed; EBUSY when another userfaultfd holds the memory.
+    :raise RefusedError: ``access-trace``: the kernel has none; ``uffd-taken``: another userfaultfd holds the memory.
+    :raise KernelError: injection or registration failed.
     """
     features = available_features()
     for kind in (PageTablesTrace, MessagesTrace):

@@ -34,7 +34,7 @@ from outboard.linux.pagemap import Category, Pagemap
 from outboard.linux.userfaultfd import Fault, FaultFlag, Features, Mode, available_features
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs, shifted
-from outboard.trace.registration import Registration
+from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest, Region
 
 _NEAR = 512
@@ -136,10 +136,10 @@ class _Registered(WriteTrace):
 
     def __init__(self, guest: Guest, features: Features) -> None:
         super().__init__(guest)
-        self._registration = Registration(guest, features, Mode.WP)
+        self._clamp = Clamp.inject(guest, features, Mode.WP)
 
     def close(self) -> None:
-        self._registration.close()
+        self._clamp.release()
 
 
 class PagemapTrace(_Registered):
@@ -189,10 +189,10 @@ class MessageTrace(_Registered):
 
     def _protect(self, region: Region, first: int, count: int, *, protect: bool) -> None:
         start = region.hva + (first - region.first) * PAGE_SIZE
-        self._registration.uffd.write_protect(start, count * PAGE_SIZE, protect)
+        self._clamp.uffd.write_protect(start, count * PAGE_SIZE, protect)
 
     def _serve(self) -> None:
-        uffd = self._registration.uffd
+        uffd = self._clamp.uffd
         poll = select.poll()
         poll.register(uffd.fileno(), select.POLLIN)
         while not self._ending.is_set():
@@ -268,8 +268,9 @@ class SoftDirtyTrace(WriteTrace):
 def open_write_trace(guest: Guest) -> WriteTrace:
     """Arm a write trace over all of ``guest``'s memory with the best back end this kernel has.
 
-    :raise RefusedError: ``write-trace``: the kernel has none of the three.
-    :raise KernelError: injection or registration failed; EBUSY when another userfaultfd holds the memory.
+    :raise RefusedError: ``write-trace``: the kernel has none of the three; ``uffd-taken``: another userfaultfd holds the
+        memory.
+    :raise KernelError: injection or registration failed.
     """
     features = available_features()
     if Features.WP_ASYNC in features and Features.WP_UNPOPULATED in features and pagemap.has_pagemap_scan():

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 from outboard.errors import KernelError, OutboardError, PeerError, RefusedError, UnreachableError, UsageError
-from outboard.linux import pidfd, proc, ptrace
-from outboard.linux.userfaultfd import Mode, Userfaultfd
-from outboard.pages import PAGE_SIZE
+from outboard.linux import proc
+from outboard.linux.userfaultfd import Mode
 from outboard.vmm import memory_map, qemu_process, refusals
+from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import QemuGuest, Region, VCpu
 from outboard.vmm.memory_map import RamRange
 from outboard.vmm.monitor import Monitor, MonitorError
@@ -30,8 +30,7 @@ def attach(
 ) -> QemuGuest:
     """Attach to a QEMU by its QMP socket, or by its process.
 
-    A userfaultfd is seen if QEMU holds it. One that only another manager holds is met later: registering ends with
-    EBUSY.
+    A userfaultfd is seen if QEMU holds it. One that only another manager holds is met when the memory is registered.
 
     :param name: what to call it; QEMU's own -name when not given.
     :param agent_path: the guest agent's socket; found on QEMU's command line when not given.
@@ -91,11 +90,18 @@ def _attach(monitor: Monitor, name: str | None, agent_path: Path | None, *, recl
     links = list(proc.descriptors(pid).values())
     _check(name, links, monitor)
     regions = _regions(name, pid, monitor)
-    if any("userfaultfd" in link for link in links):
-        if reclaim:
-            _reclaim(pid, regions)
-        _check_unregistered(name, pid, regions)
-    return QemuGuest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or qemu_process.agent(pid))
+    guest = QemuGuest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or qemu_process.agent(pid))
+    try:
+        if any("userfaultfd" in link for link in links):
+            # Nothing is absent from a guest that was only traced: whoever waits is woken, and goes on.
+            left = Clamp.take_again(guest, Mode.WP) if reclaim else None
+            if left is not None:
+                left.release()
+            _check_unregistered(name, pid, regions)
+    except BaseException:
+        guest.memory.close()
+        raise
+    return guest
 
 
 def _check(name: str, links: list[str], monitor: Monitor) -> None:
@@ -113,29 +119,6 @@ def _check(name: str, links: list[str], monitor: Monitor) -> None:
     refusals.refuse_pinned(name, links, types)
     refusals.refuse_shared_with_others(name, monitor.human("info network"), types)
     refusals.refuse_own_faults(name, monitor.execute("query-migrate-capabilities"))
-
-
-def _reclaim(pid: int, regions: tuple[Region, ...]) -> None:
-    """Unregister the memory from whichever userfaultfd inside process ``pid`` holds it, and close that one.
-
-    Nothing is absent from a guest that was only traced: whoever waits is woken, and goes on.
-    """
-    process = pidfd.open(pid)
-    try:
-        for number, link in proc.descriptors(pid).items():
-            if "[userfaultfd]" not in link:
-                continue
-            with Userfaultfd(pidfd.getfd(process, number)) as uffd:
-                try:
-                    # The kernel lets only the one that holds the memory register it again.
-                    uffd.register(regions[0].hva, PAGE_SIZE, Mode.WP)
-                except KernelError:
-                    continue
-                for region in regions:
-                    uffd.unregister(region.hva, region.pages * PAGE_SIZE)
-            ptrace.close_in_target(pid, number)
-    finally:
-        pidfd.close(process)
 
 
 def _check_unregistered(name: str, pid: int, regions: tuple[Region, ...]) -> None:

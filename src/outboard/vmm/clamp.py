@@ -16,11 +16,12 @@ from outboard.errors import KernelError, RefusedError
 from outboard.linux import pidfd, proc, ptrace
 from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
 from outboard.pages import PAGE_SIZE
-from outboard.vmm.guest import Guest
+from outboard.vmm.guest import Guest, Region
 
 
 class Clamp:
-    """A userfaultfd that is registered over all of ``guest``'s memory; made by :meth:`put_on` or :meth:`handed_over`.
+    """A userfaultfd that is registered over all of ``guest``'s memory; made by :meth:`inject`,
+    :meth:`take_again` or :meth:`handed_over`.
 
     :ivar mode: what it is registered for.
 
@@ -32,27 +33,16 @@ class Clamp:
         self.uffd = uffd
         self.mode = mode
         self._inside = inside
+        # Only what is ours is undone: older kernels let anybody unregister anybody's memory.
+        self._ours: list[Region] = []
 
     @classmethod
-    def put_on(cls, guest: Guest, features: Features, mode: Mode) -> Clamp:
-        """Take again what an earlier clamp of ours left inside the process, or else inject a userfaultfd.
+    def inject(cls, guest: Guest, features: Features, mode: Mode) -> Clamp:
+        """Make a userfaultfd inside the process.
 
-        :raise RefusedError: ``uffd-taken``: another manager's userfaultfd holds the memory.
+        :raise RefusedError: ``uffd-taken``: another userfaultfd holds the memory.
         :raise KernelError: injection or registration failed; the process holds no descriptor of ours then.
         """
-        for number in _left_inside(guest.pid):
-            uffd = Userfaultfd(_duplicate(guest.pid, number))
-            clamp = cls(guest, uffd, mode, number)
-            try:
-                # ENOENT: nobody has the memory, so a userfaultfd that lies about is somebody else's affair.
-                uffd.write_protect(guest.regions[0].hva, PAGE_SIZE, protect=False)
-                clamp._register()
-            except KernelError as error:
-                uffd.close()
-                if error.errno not in (errno.EBUSY, errno.EINVAL, errno.ENOENT):
-                    raise
-                continue
-            return clamp
         ours, inside = ptrace.inject_userfaultfd(guest.pid, guest.emulator_thread())
         clamp = cls(guest, Userfaultfd(ours), mode, inside)
         try:
@@ -70,16 +60,45 @@ class Clamp:
         return clamp
 
     @classmethod
+    def take_again(cls, guest: Guest, mode: Mode) -> Clamp | None:
+        """Take what an earlier clamp of ours left inside the process and holds the memory, if there is one.
+
+        Whoever made it must be gone: two would take each other's faults.
+
+        :param mode: what it was registered for, write-protection among that.
+        :raise KernelError: the process has ended.
+        """
+        for number, link in proc.descriptors(guest.pid).items():
+            if "[userfaultfd]" not in link:
+                continue
+            uffd = Userfaultfd(_duplicate(guest.pid, number))
+            clamp = cls(guest, uffd, mode, number)
+            try:
+                # ENOENT: nobody has the memory, so a userfaultfd that lies about is somebody else's affair.
+                uffd.write_protect(guest.regions[0].hva, PAGE_SIZE, protect=False)
+                clamp._register()
+            except KernelError as error:
+                uffd.close()
+                if error.errno not in (errno.EBUSY, errno.EINVAL, errno.ENOENT):
+                    raise
+                continue
+            return clamp
+        return None
+
+    @classmethod
     def handed_over(cls, guest: Guest, uffd: Userfaultfd, mode: Mode) -> Clamp:
         """Hold a guest by the userfaultfd that its VMM has made, registered for ``mode`` and handed over.
 
         The VMM keeps a descriptor of its own, and closes that itself.
         """
-        return cls(guest, uffd, mode, None)
+        clamp = cls(guest, uffd, mode, None)
+        clamp._ours += guest.regions
+        return clamp
 
     def _register(self) -> None:
         for region in self.guest.regions:
             self.uffd.register(region.hva, region.pages * PAGE_SIZE, self.mode)
+            self._ours.append(region)
 
     def close(self) -> None:
         """Let go here only: whoever touches an absent page waits for a successor. Idempotent."""
@@ -93,7 +112,7 @@ class Clamp:
         if self.uffd.fileno() < 0:
             return
         try:
-            for region in self.guest.regions:
+            for region in self._ours:
                 with contextlib.suppress(KernelError):
                     self.uffd.unregister(region.hva, region.pages * PAGE_SIZE)
             if self._inside is not None:
@@ -103,10 +122,6 @@ class Clamp:
                 raise
         finally:
             self.uffd.close()
-
-
-def _left_inside(pid: int) -> list[int]:
-    return [number for number, link in proc.descriptors(pid).items() if "[userfaultfd]" in link]
 
 
 def _duplicate(pid: int, number: int) -> int:
