@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -142,6 +143,28 @@ def test_closing_leaves_no_trace_in_the_process(target: Target, guest: Guest) ->
     flags = proc.smaps(target.pid, target.start)["VmFlags"].split()
     assert not {"um", "uw", "ui"} & set(flags)
     assert target.ask("r 77") == "77"
+
+
+@pytest.mark.parametrize("kind", [PageTablesTrace, MessagesTrace])
+def test_the_guest_goes_on_when_we_are_killed(target: Target, guest: Guest, kind: type[AccessTrace]) -> None:
+    require("wp-async")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        trace = kind(guest, Dontneed)
+        trace.arm(PageSet.full(guest.pages))
+        os.write(writer, b"armed")
+        signal.pause()
+    assert os.read(reader, 5) == b"armed"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for fd in (reader, writer):
+        os.close(fd)
+    assert target.ask("t").startswith("touched ")
+    with open_access_trace(guest) as trace:
+        trace.arm(some(guest, 7))
+        target.ask("r 7")
+        assert trace.collect()["page"].tolist() == [7]
 
 
 @pytest.mark.parametrize("kind", [PageTablesTrace, MessagesTrace])

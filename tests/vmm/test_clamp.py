@@ -48,6 +48,17 @@ def test_it_is_made_and_leaves_nothing(target: Target, guest: Guest) -> None:
     clamp.release()
 
 
+def test_what_is_not_to_outlive_us_is_open_here_alone(target: Target, guest: Guest) -> None:
+    clamp = Clamp.inject(guest, FEATURES, MODE, outlives_us=False)
+    assert inside(guest) == 0
+    clamp.uffd.write_protect(target.start, 4096)
+    target.say("w 0 5")
+    assert target.waits()
+    # As the kernel does for a process that dies.
+    clamp.close()
+    assert target.answer() == "written"
+
+
 def test_what_was_left_is_taken_again(guest: Guest) -> None:
     Clamp.inject(guest, FEATURES, MODE).close()
     again = Clamp.take_again(guest, MODE)

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -146,8 +145,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
     """Migrate; every way it can end is a summary."""
     record = registry.get(work.vm)
     attaching = time.monotonic()
-    # The agent starts one engine for a VM: whoever traced it before has died.
-    with record.attach(reclaim=True) as guest:
+    with record.attach() as guest:
         attach_ms = (time.monotonic() - attaching) * 1e3
         outgoing = Outgoing(
             work.migration,
@@ -173,8 +171,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
 def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
     """Manage the VM's memory for as long as it runs; the agent is told once, and not needed afterwards."""
     record = registry.get(work.vm)
-    attach_it = partial(record.attach, reclaim=True)
-    manager = Manager(record.memory_directory, attach_it, Path(work.swap), successor=work.successor)
+    manager = Manager(record.memory_directory, record.attach, Path(work.swap), successor=work.successor)
     desk.report(Managing(engine=os.getpid()))
     desk.close()
     manager.serve()

@@ -77,7 +77,13 @@ def _write_trace(features: Features, *, scan: bool, soft_dirty: bool) -> Finding
 
 def injection() -> Iterator[Finding]:
     """Whether a userfaultfd can be made inside another process: tried on one of ours."""
-    with subprocess.Popen(["sleep", "60"]) as target:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as target:
+        assert target.stdin is not None
+        assert target.stdout is not None
+        # What it echoes it has been loaded for: before that there may be no libc in it yet.
+        target.stdin.write(b"\n")
+        target.stdin.flush()
+        target.stdout.read(1)
         began = time.monotonic_ns()
         try:
             ours, _ = ptrace.inject_userfaultfd(target.pid)

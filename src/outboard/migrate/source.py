@@ -48,7 +48,6 @@ from outboard.trace.writes import WriteTrace, open_write_trace
 from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure
 from outboard.vmm.guest import Guest, QemuGuest
-from outboard.vmm.registry import TRACED
 from outboard.wire import tls
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind
@@ -184,9 +183,6 @@ class Outgoing:
         prepare = messages.Prepare(migration=self.migration, vm=self.guest.name, spec=self._spec, layout=layout)
         self._agent.send_message(messages.encode(prepare))
         if self._wants_trace:
-            traced = self._directory / TRACED
-            traced.touch()
-            self._cleanup.callback(traced.unlink, missing_ok=True)
             self._trace = open_write_trace(self.guest)
             statistics = self._trace.statistics()
             self.findings.trace = statistics.backend

@@ -92,7 +92,7 @@ class AccessTrace(ABC):
         self._fresh: NDArray[np.int64] = np.zeros((_ROWS, 3), dtype=np.int64)
         self._pagemap = Pagemap(guest.pid)
         try:
-            self._clamp = Clamp.inject(guest, self.features, self.mode)
+            self._clamp = Clamp.inject(guest, self.features, self.mode, outlives_us=False)
         except BaseException:
             self._pagemap.close()
             raise

@@ -136,7 +136,7 @@ class _Registered(WriteTrace):
 
     def __init__(self, guest: Guest, features: Features) -> None:
         super().__init__(guest)
-        self._clamp = Clamp.inject(guest, features, Mode.WP)
+        self._clamp = Clamp.inject(guest, features, Mode.WP, outlives_us=False)
 
     def close(self) -> None:
         self._clamp.release()
@@ -268,8 +268,8 @@ class SoftDirtyTrace(WriteTrace):
 def open_write_trace(guest: Guest) -> WriteTrace:
     """Arm a write trace over all of ``guest``'s memory with the best back end this kernel has.
 
-    :raise RefusedError: ``write-trace``: the kernel has none of the three; ``uffd-taken``: another userfaultfd holds the
-        memory.
+    :raise RefusedError: ``write-trace``: the kernel has none of the three; ``uffd-taken``: another userfaultfd holds
+        the memory.
     :raise KernelError: injection or registration failed.
     """
     features = available_features()

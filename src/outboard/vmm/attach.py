@@ -8,9 +8,7 @@ from pathlib import Path
 
 from outboard.errors import KernelError, OutboardError, PeerError, RefusedError, UnreachableError, UsageError
 from outboard.linux import proc
-from outboard.linux.userfaultfd import Mode
 from outboard.vmm import memory_map, qemu_process, refusals
-from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import QemuGuest, Region, VCpu
 from outboard.vmm.memory_map import RamRange
 from outboard.vmm.monitor import Monitor, MonitorError
@@ -21,12 +19,7 @@ _REGISTERED = frozenset({"um", "uw", "ui"})
 
 
 def attach(
-    *,
-    qmp: Path | None = None,
-    pid: int | None = None,
-    name: str | None = None,
-    agent_path: Path | None = None,
-    reclaim: bool = False,
+    *, qmp: Path | None = None, pid: int | None = None, name: str | None = None, agent_path: Path | None = None
 ) -> QemuGuest:
     """Attach to a QEMU by its QMP socket, or by its process.
 
@@ -34,7 +27,6 @@ def attach(
 
     :param name: what to call it; QEMU's own -name when not given.
     :param agent_path: the guest agent's socket; found on QEMU's command line when not given.
-    :param reclaim: a process of ours died while it held this VM's memory; what it left inside QEMU is undone.
     :raise UsageError: neither or both of ``qmp`` and ``pid``.
     :raise RefusedError: the VM cannot be managed; its ``reason`` is ``anonymous-memory``, ``not-shared``, ``no-ram``,
         ``vfio``, ``vhost-user``, ``ivshmem``, ``confidential``, ``uffd-taken``, ``no-privilege``, ``not-qemu`` or
@@ -46,7 +38,7 @@ def attach(
     monitor = None
     try:
         monitor = Monitor.connect(qmp) if qmp is not None else _monitor_of(pid or 0)
-        return _attach(monitor, name, agent_path, reclaim=reclaim)
+        return _attach(monitor, name, agent_path)
     except BaseException as error:
         if monitor is not None:
             monitor.close()
@@ -83,25 +75,16 @@ def _monitor_of(pid: int) -> Monitor:
     raise failure
 
 
-def _attach(monitor: Monitor, name: str | None, agent_path: Path | None, *, reclaim: bool) -> QemuGuest:
+def _attach(monitor: Monitor, name: str | None, agent_path: Path | None) -> QemuGuest:
     pid = monitor.peer_pid
     qemu_process.check(pid)
     name = name or monitor.execute("query-name").get("name") or f"qemu-{pid}"
     links = list(proc.descriptors(pid).values())
     _check(name, links, monitor)
     regions = _regions(name, pid, monitor)
-    guest = QemuGuest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or qemu_process.agent(pid))
-    try:
-        if any("userfaultfd" in link for link in links):
-            # Nothing is absent from a guest that was only traced: whoever waits is woken, and goes on.
-            left = Clamp.take_again(guest, Mode.WP) if reclaim else None
-            if left is not None:
-                left.release()
-            _check_unregistered(name, pid, regions)
-    except BaseException:
-        guest.memory.close()
-        raise
-    return guest
+    if any("userfaultfd" in link for link in links):
+        _check_unregistered(name, pid, regions)
+    return QemuGuest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or qemu_process.agent(pid))
 
 
 def _check(name: str, links: list[str], monitor: Monitor) -> None:

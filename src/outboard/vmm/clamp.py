@@ -1,8 +1,11 @@
-"""The hold on a guest's memory: a userfaultfd that is open both here and inside the guest's process.
+"""The hold on a guest's memory: a userfaultfd, open here and, where pages are absent, inside the guest's process too.
 
 The descriptor inside outlives us: while it is open, whoever touches an absent page waits; were the last one closed,
 absent pages would read as zeros. A successor takes the same userfaultfd by pidfd_getfd(2), and needs no record of its
 number: of those it finds inside, the kernel lets only the one that holds the memory register it again.
+
+A trace takes no page away, and is better forgotten when we die, however suddenly: its userfaultfd stays open here
+alone, and the kernel closes it and wakes whoever waits.
 
 Source: userfaultfd(2), pidfd_getfd(2).
 """
@@ -37,8 +40,10 @@ class Clamp:
         self._ours: list[Region] = []
 
     @classmethod
-    def inject(cls, guest: Guest, features: Features, mode: Mode) -> Clamp:
+    def inject(cls, guest: Guest, features: Features, mode: Mode, *, outlives_us: bool = True) -> Clamp:
         """Make a userfaultfd inside the process.
+
+        :param outlives_us: leave a descriptor inside, which holds the memory until another clamp takes it again.
 
         :raise RefusedError: ``uffd-taken``: another userfaultfd holds the memory.
         :raise KernelError: injection or registration failed; the process holds no descriptor of ours then.
@@ -46,6 +51,8 @@ class Clamp:
         ours, inside = ptrace.inject_userfaultfd(guest.pid, guest.emulator_thread())
         clamp = cls(guest, Userfaultfd(ours), mode, inside)
         try:
+            if not outlives_us:
+                clamp._close_inside()
             clamp.uffd.api(features)
             clamp._register()
         except KernelError as error:
@@ -100,6 +107,11 @@ class Clamp:
             self.uffd.register(region.hva, region.pages * PAGE_SIZE, self.mode)
             self._ours.append(region)
 
+    def _close_inside(self) -> None:
+        if self._inside is not None:
+            ptrace.close_in_target(self.guest.pid, self._inside, self.guest.emulator_thread())
+            self._inside = None
+
     def close(self) -> None:
         """Let go here only: whoever touches an absent page waits for a successor. Idempotent."""
         self.uffd.close()
@@ -115,8 +127,7 @@ class Clamp:
             for region in self._ours:
                 with contextlib.suppress(KernelError):
                     self.uffd.unregister(region.hva, region.pages * PAGE_SIZE)
-            if self._inside is not None:
-                ptrace.close_in_target(self.guest.pid, self._inside)
+            self._close_inside()
         except KernelError:
             if pidfd.alive(self.guest.pid):
                 raise

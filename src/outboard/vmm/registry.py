@@ -8,7 +8,6 @@ engine.sock        a monitor for Outboard
 guest-agent.sock   the guest agent's port, if the VM has one
 console.log        what the guest wrote to its first serial port
 qemu.log           what QEMU itself had to say
-traced             there while an engine traces the VM's writes; when that engine is dead, a trace to be undone
 memory             the journal of the engine that manages the VM's memory, if one does
 =================  ====================================================================
 
@@ -41,7 +40,6 @@ QMP_SOCKET = "qmp.sock"
 ENGINE_SOCKET = "engine.sock"
 AGENT_SOCKET = "guest-agent.sock"
 MEMORY = "memory"
-TRACED = "traced"
 
 
 class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,17 +99,9 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The description that starts the same VM on another host, as TOML."""
         return (self.directory / _SPEC).read_text()
 
-    def attach(self, *, reclaim: bool = False) -> QemuGuest:
-        """Attach to it; see :func:`outboard.vmm.attach.attach`.
-
-        :param reclaim: no engine of ours is at work on it: undo what one that died has left.
-        """
-        left = self.directory / TRACED
-        reclaim = reclaim and left.exists()
-        guest = attach(qmp=self.engine_socket, name=self.name, agent_path=self.agent_socket, reclaim=reclaim)
-        if reclaim:
-            left.unlink(missing_ok=True)
-        return guest
+    def attach(self) -> QemuGuest:
+        """Attach to it; see :func:`outboard.vmm.attach.attach`."""
+        return attach(qmp=self.engine_socket, name=self.name, agent_path=self.agent_socket)
 
 
 def _encode_path(value: Any) -> str:
