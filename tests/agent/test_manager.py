@@ -70,6 +70,33 @@ def test_orders_are_carried_out_and_answered(target: Target, directory: Path) ->
     assert target.ask("t").startswith("touched ")
 
 
+def test_the_coldest_go_first(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    ask(engine.control, Evict(most=0, idle=0.01))
+    touching = threading.Event()
+
+    def touch() -> None:
+        while not touching.is_set():
+            for page in range(512):
+                target.ask(f"r {page}")
+
+    toucher = threading.Thread(target=touch)
+    toucher.start()
+    try:
+        ask(engine.control, Evict(most=0, idle=0.3))
+    finally:
+        touching.set()
+        toucher.join()
+    # All are idle now, and half of them were not before.
+    assert ask(engine.control, Evict(to="file", most=2 << 20, idle=0.05)).moved == 2 << 20
+    for page in range(512):
+        target.ask(f"r {page}")
+    # What another processor has just taken in is not known to be idle, and others go in its place.
+    assert ask(engine.control, Look()).file > 15 << 17
+    ask(engine.control, Release())
+    engine.join()
+
+
 def test_another_engine_is_refused_and_a_successor_is_let_in(target: Target, directory: Path) -> None:
     first = Engine(directory, target.pid)
     ask(first.control, Evict(to="file", idle=0.0))

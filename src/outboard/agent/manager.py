@@ -28,12 +28,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from outboard.agent.orders import Evict, Failed, Fetch, HandOver, Looked, Order, Release, ask
 from outboard.errors import KernelError, OutboardError, RefusedError
 from outboard.linux import pidfd, proc
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
+from outboard.pages.heat import Heat
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
 from outboard.stores.file import FileStore
@@ -42,6 +44,8 @@ from outboard.vmm.guest import Guest, Region, VCpu
 
 CONTROL = "control.sock"
 _HAND_OVER_S = 10.0
+_HALF_LIFE_S = 300.0
+"""Of what earlier orders have seen the guest touch."""
 _LOOK_S = 1.0
 """How often to look whether faults are still served."""
 _STORES = {"pool": Where.POOL, "file": Where.FILE}
@@ -85,6 +89,7 @@ class Manager:
                 Where.POOL: FileStore(directory / "pool", pages),
                 Where.FILE: FileStore(swap, pages),
             }
+            self._heat = Heat(pages, _HALF_LIFE_S, time.monotonic())
             self._process = pidfd.open(layout.pid)
             undo.callback(os.close, self._process)
             self._pager = Pager(self._guest, Residency(pages, directory), self._stores)
@@ -160,10 +165,14 @@ class Manager:
         if order.idle:
             trace = IdleTrace(self._guest)
             time.sleep(order.idle)
-            cold &= trace.idle()
+            idle = trace.idle()
+            self._heat.touch((~idle).numbers(), time.monotonic())
+            cold &= idle
         numbers = cold.numbers()
         if order.most is not None:
-            numbers = numbers[: order.most // PAGE_SIZE]
+            # What was not touched this time may have been before.
+            coldest = np.argsort(self._heat.frequencies(time.monotonic())[numbers], kind="stable")
+            numbers = np.sort(numbers[coldest[: order.most // PAGE_SIZE]])
         return self._pager.evict(PageSet.from_numbers(self._guest.pages, numbers), _STORES[order.to])
 
     def _looked(self, moved: int) -> Looked:
