@@ -40,7 +40,7 @@ def test_a_curve_ends_where_the_memory_does(busy: Target, tmp_path: Path) -> Non
     found = json.loads(output)
     assert found["schema"] == "outboard.mrc.v1"
     assert found["backend"] in ("page-tables", "messages")
-    assert found["horizon"] == pytest.approx(4 << 20, rel=0.1)
+    assert found["horizon"] == pytest.approx(4 << 20, rel=0.2)
     points = found["points"]
     assert points[0]["misses_per_s"] > 10 * points[-1]["misses_per_s"]
     assert points[0]["ratio"] == pytest.approx(points[0]["misses_per_s"] / 1e9)
@@ -70,7 +70,7 @@ def test_the_working_set_is_the_memory(busy: Target) -> None:
     assert found["memory"] == 4 << 20
     longest = found["working_sets"][-1]
     assert longest["window"] == 1.0
-    assert longest["bytes"] == pytest.approx(4 << 20, rel=0.1)
+    assert longest["bytes"] == pytest.approx(4 << 20, rel=0.2)
     assert "touched within" in run("wss", "--pid", str(busy.pid), "--duration", "1")
 
 

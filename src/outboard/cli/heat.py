@@ -107,13 +107,16 @@ def heat(
         if output == "table":
             click.echo(f"{guest.name}: {size_text(memory)}, {len(pages)} sampled pages, {trace.backend}")
         began = then = time.monotonic()
-        due = pages
+        armed: NDArray[np.bool_] = np.zeros(len(pages), dtype=np.bool_)
         while then - began < duration:
             # A few at a time: whoever touches them all at once shall not stand still.
+            due = pages[~armed]
             for first in range(0, len(due), _AT_ONCE):
-                trace.arm_each(due[first : first + _AT_ONCE])
+                now_armed, _ = trace.arm_each(due[first : first + _AT_ONCE])
+                armed[np.searchsorted(pages, now_armed)] = True
             time.sleep(max(0.0, then + interval - time.monotonic()))
-            due = np.sort(trace.collect()["page"])
+            touched = np.sort(trace.collect()["page"])
+            armed[np.searchsorted(pages, touched)] = False
             now = time.monotonic()
             rows.append(
                 HeatRow(
@@ -121,8 +124,8 @@ def heat(
                     now - began,
                     now - then,
                     len(pages),
-                    len(due) / len(pages),
-                    _shares(pages, due, guest.pages),
+                    len(touched) / len(pages),
+                    _shares(pages, touched, guest.pages),
                 )
             )
             then = now

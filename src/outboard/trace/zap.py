@@ -52,6 +52,8 @@ class Places:
 
 
 _SYS_MADVISE = 28
+_TOGETHER = 8
+"""Pages zapped in one call: those that are touched before they have been looked at count as not zapped."""
 _PAGEOUT, _PROTECT, _ESRCH = int(Advice.PAGEOUT), UFFDIO_WRITEPROTECT.number, -errno.ESRCH
 
 
@@ -74,7 +76,7 @@ class Zap(Protocol):
 
 
 @njit(
-    "int64(int32, int32, int32, int32, int64[::1], int64[::1], int64[:, ::1], int64[::1], int64[:, ::1])",
+    "int64(int32, int32, int32, int32, int64[::1], int64[::1], int64[::1], int64[:, ::1])",
     cache=True,
     nogil=True,
 )
@@ -85,7 +87,6 @@ def _pageout(
     clock: int,
     seen: NDArray[np.int64],
     addresses: NDArray[np.int64],
-    spans: NDArray[np.int64],
     span: NDArray[np.int64],
     done: Moments,
 ) -> int:
@@ -93,22 +94,26 @@ def _pageout(
     argument = np.empty(3, dtype=np.int64)
     entry = np.empty(1, dtype=np.int64)
     argument[2] = 1
-    now = run = 0
-    for index in range(addresses.shape[0]):
-        if index == 0 or span[index] != span[index - 1]:
-            argument[0], argument[1] = spans[span[index], 0], spans[span[index], 1]
-            # A struct iovec, and the front of a struct uffdio_writeprotect.
-            answer = native.process_madvise(process, argument.ctypes.data, 1, _PAGEOUT)
-            if answer < 0:
-                return answer
-            now = native.monotonic_ns(room)
-            run = ran(clock, seen, now, room)
-        answer = native.pread(pagemap, entry.ctypes.data, 8, addresses[index] // 4096 * 8)
-        if answer != 8:
-            return min(answer, _ESRCH)
-        if not entry[0] & PRESENT_ENTRY:
-            done[index, 0], done[index, 1] = now, run
-        if uffd >= 0 and (index + 1 == addresses.shape[0] or span[index + 1] != span[index]):
+    index = 0
+    while index < addresses.shape[0]:
+        end = index + 1
+        while end < min(addresses.shape[0], index + _TOGETHER) and span[end] == span[index]:
+            end += 1
+        # A struct iovec, and the front of a struct uffdio_writeprotect.
+        argument[0], argument[1] = addresses[index], (end - index) * PAGE_SIZE
+        answer = native.process_madvise(process, argument.ctypes.data, 1, _PAGEOUT)
+        if answer < 0:
+            return answer
+        now = native.monotonic_ns(room)
+        run = ran(clock, seen, now, room)
+        while index < end:
+            answer = native.pread(pagemap, entry.ctypes.data, 8, addresses[index] // PAGE_SIZE * 8)
+            if answer != 8:
+                return min(answer, _ESRCH)
+            if not entry[0] & PRESENT_ENTRY:
+                done[index, 0], done[index, 1] = now, run
+            index += 1
+        if uffd >= 0:
             answer = native.ioctl(uffd, _PROTECT, argument.ctypes.data)
             if answer < 0:
                 return answer
@@ -136,7 +141,6 @@ class Pageout:
             self._running.clock,
             self._running.seen,
             places.addresses,
-            places.spans,
             places.span,
             done,
         )
