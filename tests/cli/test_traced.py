@@ -101,3 +101,14 @@ def test_what_cannot_be_traced_is_refused() -> None:
     with Target("anon") as target, pytest.raises(RefusedError) as caught:
         run("heat", "--pid", str(target.pid))
     assert caught.value.reason == "no-shared-memory"
+
+
+@pytest.mark.parametrize("command", ["mrc", "heat"])
+@pytest.mark.parametrize("option", ["--svg", "--html"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    command: str, option: str, tmp_path: Path
+) -> None:
+    for place in (tmp_path / "none" / "x", tmp_path):
+        done = CliRunner().invoke(outboard, [command, "--pid", "1", option, str(place)])
+        assert done.exit_code == 2
+        assert "cannot be written" in done.output

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from outboard.cli.attach import memory_options, open_memory
 from outboard.cli.output import output_option, print_json, size_text
-from outboard.cli.plots import html_page, steps
+from outboard.cli.plots import html_page, picture_options, steps
 from outboard.cli.sampled import slowdown_option, unit_of
 from outboard.pages import PAGE_SIZE
 from outboard.trace.accesses import open_access_trace
@@ -80,8 +80,7 @@ def _shares(pages: NDArray[np.int64], touched: NDArray[np.int64], of: int) -> li
 @click.option("--interval", type=click.FloatRange(0.1, 60), default=1.0, show_default=True, help="Seconds.")
 @click.option("--duration", type=click.FloatRange(0.1), default=20.0, show_default=True, help="Seconds.")
 @slowdown_option
-@click.option("--svg", type=click.Path(path_type=Path), help="Draw the heat map into this file.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with the heat map.")
+@picture_options
 @output_option("table", "ndjson")
 def heat(
     vm: str | None,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from outboard.cli.attach import memory_options, open_memory
 from outboard.cli.output import output_option, print_json, print_table, size_text
-from outboard.cli.plots import html_page, rate_text, svg_chart, text_chart
+from outboard.cli.plots import html_page, picture_options, rate_text, svg_chart, text_chart
 from outboard.cli.sampled import Sampled, sampled, slowdown_option
 from outboard.trace.curve import MissRateCurve
 
@@ -100,8 +100,7 @@ def _picture(report: Curve) -> str:
 @click.option("--live", is_flag=True, help="Draw the curve again in each interval.")
 @click.option("--access-rate", type=click.FloatRange(0, min_open=True), help="Accesses/s, if known: adds the ratio.")
 @slowdown_option
-@click.option("--svg", type=click.Path(path_type=Path), help="Draw the curve into this file.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with the curve.")
+@picture_options
 @output_option("table", "json", "ndjson")
 def mrc(
     vm: str | None,

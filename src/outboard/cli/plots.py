@@ -6,12 +6,15 @@ The rate axis is logarithmic: what matters in a miss-rate curve spans decades.
 from __future__ import annotations
 
 import math
+import os
 from html import escape
+from pathlib import Path
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.cli.output import size_text
+from outboard.cli.output import C, size_text
 
 Floats = NDArray[np.float64]
 
@@ -24,6 +27,21 @@ _STYLE = (
     ".axis{stroke:#1b1f24;stroke-width:1.2}.curve{fill:none;stroke:#1f6feb;stroke-width:2}.band{fill:#1f6feb;"
     "fill-opacity:.18}"
 )
+
+
+def _in_a_directory(_context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a place that will not do before the measurement, not after it."""
+    if value is not None and (value.is_dir() or not os.access(value.parent, os.W_OK)):
+        raise click.BadParameter(f"{value} cannot be written: give a file in a directory that is there")
+    return value
+
+
+def picture_options(command: C) -> C:
+    """The options ``--svg`` and ``--html``."""
+    for name, words in (("--html", "Write a page with the picture."), ("--svg", "Draw the picture into this file.")):
+        option = click.option(name, type=click.Path(path_type=Path), callback=_in_a_directory, help=words)
+        command = option(command)
+    return command
 
 
 def decades(values: Floats) -> tuple[int, int]:
