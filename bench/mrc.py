@@ -8,6 +8,8 @@ loses, by the clock and by its own processor time (which other work on the machi
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,7 +50,9 @@ class Mark:
 
 @cache
 def _program() -> Path:
-    program = Path(tempfile.mkdtemp(prefix="outboard-bench-")) / "mrc_target"
+    directory = tempfile.mkdtemp(prefix="outboard-bench-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    program = Path(directory) / "mrc_target"
     subprocess.run(["gcc", "-O2", "-o", program, Path(__file__).with_name("mrc_target.c")], check=True)
     return program
 

@@ -64,14 +64,16 @@ class Scene:
 def scene() -> Iterator[Scene]:
     require("root")
     directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
-    made = Scene(directory)
-    with made.target, made.guest:
-        yield made
-        last = made.engage()
-        made.calm()
-        assert made.target.ask("t").split()[1] == str(PAGES * (PAGES - 1) // 2)
-        last.release()
-    shutil.rmtree(directory)
+    try:
+        made = Scene(directory)
+        with made.target, made.guest:
+            yield made
+            last = made.engage()
+            made.calm()
+            assert made.target.ask("t").split()[1] == str(PAGES * (PAGES - 1) // 2)
+            last.release()
+    finally:
+        shutil.rmtree(directory)
 
 
 def kills(

@@ -61,8 +61,10 @@ class Scene:
 @pytest.fixture
 def shm() -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(dir="/dev/shm"))
-    yield made
-    shutil.rmtree(made)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made)
 
 
 @pytest.fixture

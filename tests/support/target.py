@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -17,7 +19,9 @@ _HERE = Path(__file__).parent
 @cache
 def compile_c(source: str, *flags: str) -> Path:
     """Compile a C file that lies beside this one; the program's path."""
-    program = Path(tempfile.mkdtemp(prefix="outboard-test-")) / Path(source).stem
+    directory = tempfile.mkdtemp(prefix="outboard-test-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    program = Path(directory) / Path(source).stem
     subprocess.run(["gcc", "-O1", "-Wall", "-pthread", *flags, "-o", program, _HERE / source], check=True)
     return program
 
