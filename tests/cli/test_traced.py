@@ -14,6 +14,8 @@ from outboard.cli import outboard
 from outboard.errors import NotFoundError, RefusedError, UsageError
 from tests.support.target import Target
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def busy() -> Iterator[Target]:

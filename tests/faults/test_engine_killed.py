@@ -20,6 +20,8 @@ from tests.support.process_guest import guest_of
 from tests.support.requirements import require
 from tests.support.target import Target
 
+pytestmark = pytest.mark.slow
+
 PAGES = 1024
 SOME = np.array([[0, 3], [40, 1], [100, 30], [700, 2]], dtype=np.int64)
 

@@ -11,6 +11,8 @@ from bench.patterns import PATTERNS
 from outboard.trace.sampling import Budget, Sampler, sample
 from tests.support.simulated_trace import SimulatedTrace
 
+pytestmark = pytest.mark.slow
+
 PAGES, RATE, WARM = 4096, 100_000.0, 1.0
 SIZES = np.linspace(0, PAGES, 33)[1:]
 
