@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from outboard.vmm.cloud_hypervisor import CloudHypervisor
 from outboard.vmm.firecracker import Firecracker
 from outboard.vmm.handoff import MAX_BODY, Claim, Conversation, Handoff
 from tests.support.vmm_client import framed
+
+pytestmark = pytest.mark.slow
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8))
 ANYTHING = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=6)

@@ -220,6 +220,7 @@ def test_by_pid_when_the_first_monitor_is_taken(monitor: list[str]) -> None:
             assert guest.pid == vm.pid
 
 
+@pytest.mark.slow
 def test_by_pid_when_its_only_monitor_is_taken(machine: Machine) -> None:
     with Monitor.connect(machine.qmp), pytest.raises(UnreachableError, match="somebody else is connected to it"):
         attach(pid=machine.pid)

@@ -169,6 +169,7 @@ def test_only_memory_and_taps_are_inherited(record: VmRecord) -> None:
     assert not {link for link in links.values() if link.startswith("pipe:")} & ours
 
 
+@pytest.mark.slow
 def test_stop_ends_a_qemu_that_does_not_answer(registry: Registry, record: VmRecord) -> None:
     os.kill(record.pid, signal.SIGSTOP)
     proc.wait_stopped(record.pid)
