@@ -19,8 +19,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import click
@@ -28,25 +26,18 @@ from rich.console import Console
 
 from demo.hosts import ROOT
 from guest.build import build
-from outboard.agent.manager import CONTROL, Manager
+from outboard.agent.manager import CONTROL
 from outboard.agent.orders import Evict, Fetch, Look, Order, ask
 from outboard.errors import OutboardError
 from outboard.linux import pidfd
-from outboard.vmm.process import attach_process
 from tests.support.cluster import Cluster, Vm
 from tests.support.target import Target
 
 from .claims import Claim, claim, publish
+from .engines import engine
 
 _MIB = 64
 _CALM_S = 60.0
-
-
-def _engine(directory: str, pid: int, ready: Connection) -> None:
-    """An engine of the process ``pid``; told of over ``ready`` once it serves."""
-    manager = Manager(Path(directory) / "memory", partial(attach_process, pid), Path(directory) / "swap")
-    ready.send_bytes(b"r")
-    manager.serve()
 
 
 class _ProcessScene:
@@ -56,14 +47,14 @@ class _ProcessScene:
         self._directory = directory
         self._target = Target("memfd", _MIB)
         self._engines = multiprocessing.get_context("forkserver")
-        self._engines.set_forkserver_preload(["bench.chaos"])
+        self._engines.set_forkserver_preload(["bench.engines"])
         self.control = directory / "memory" / CONTROL
         self._target.ask("g")
 
     def next(self) -> int:
         """Start an engine, and wait until it serves."""
         ours, theirs = self._engines.Pipe()
-        process = self._engines.Process(target=_engine, args=(str(self._directory), self._target.pid, theirs))
+        process = self._engines.Process(target=engine, args=(str(self._directory), self._target.pid, theirs))
         process.start()
         theirs.close()
         ours.recv_bytes()

@@ -17,13 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from outboard.agent.manager import CONTROL, Manager
+from outboard.agent.manager import CONTROL
 from outboard.agent.orders import Evict, Release, ask
 from outboard.errors import OutboardError
 from outboard.linux import pidfd, process_madvise
@@ -37,15 +36,9 @@ from outboard.vmm.guest import Guest
 from outboard.vmm.process import attach_process
 
 from .claims import Claim, claim, publish
+from .engines import engine
 
 _GIB = 1 << 30
-
-
-def engine(directory: str, pid: int, ready: Connection) -> None:
-    """Be the engine of the process ``pid``; tell over ``ready`` once it serves."""
-    manager = Manager(Path(directory) / "memory", partial(attach_process, pid), Path(directory) / "swap")
-    ready.send_bytes(b"r")
-    manager.serve()
 
 
 class _Toucher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -15,8 +16,11 @@ import pytest
 
 from outboard.agent.manager import CONTROL, Manager
 from outboard.agent.orders import Evict, Fetch, HandOver, Look, Release, ask
-from outboard.errors import NotFoundError, RefusedError, UnreachableError
+from outboard.errors import NotFoundError, OutboardError, RefusedError, UnreachableError
+from outboard.linux import proc
+from outboard.vmm.guest import Guest
 from outboard.vmm.process import attach_process
+from tests.support.process_guest import guest_of
 from tests.support.requirements import require
 from tests.support.target import Target
 
@@ -68,6 +72,69 @@ def test_orders_are_carried_out_and_answered(target: Target, directory: Path) ->
     assert not directory.exists()
     assert not list((directory.parent / "swap").iterdir())
     assert target.ask("t").startswith("touched ")
+
+
+def test_other_orders_are_heard_while_an_eviction_watches(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    with pytest.raises(UnreachableError, match="not answered within"):
+        ask(engine.control, Evict(to="file", idle=60.0), timeout=0.2)
+    failures: list[str] = []
+
+    def watch() -> None:
+        try:
+            ask(engine.control, Evict(to="file", idle=60.0))
+        except OutboardError as error:
+            failures.append(str(error))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    # The one that went away is not watched for any more; the second is, and a third has to wait.
+    while True:
+        try:
+            ask(engine.control, Evict(to="file", idle=0.001), timeout=5)
+        except RefusedError as error:
+            assert "being watched for another eviction" in str(error)  # noqa: PT017  # until the second is there
+            break
+    assert ask(engine.control, Look()).file == 0 or ask(engine.control, Fetch()).file == 0
+    ask(engine.control, Release())
+    engine.join()
+    watcher.join(10)
+    assert failures == ["target was let go while it was watched"]
+
+
+def test_nothing_of_another_guest_is_removed(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    others = [directory.parent / "swap" / name for name in ("target2", "target-old.slots", "target.other")]
+    for other in others:
+        other.touch()
+    ask(engine.control, Release())
+    engine.join()
+    assert all(other.exists() for other in others)
+    assert sorted(path.name for path in (directory.parent / "swap").iterdir()) == sorted(one.name for one in others)
+
+
+def test_what_a_power_cut_left_is_not_in_the_way(target: Target, directory: Path) -> None:
+    (directory.parent / "swap").mkdir()
+    for end in ("", ".slots", ".digests"):
+        (directory.parent / "swap" / f"target{end}").write_bytes(b"of another size")
+    engine = Engine(directory, target.pid)
+    assert ask(engine.control, Evict(to="file", idle=0.0)).file > 0
+    ask(engine.control, Release())
+    engine.join()
+
+
+def test_a_guest_that_cannot_be_managed_is_left_alone(target: Target, directory: Path) -> None:
+    def large() -> Guest:
+        with guest_of(target) as guest:
+            region = dataclasses.replace(guest.regions[0], page_size=2 << 20)
+            return Guest("web", guest.pid, (region,))
+
+    with pytest.raises(RefusedError) as caught:
+        Manager(directory, large, directory.parent / "swap" / "web")
+    assert caught.value.reason == "large-pages"
+    assert not directory.exists()
+    assert not list((directory.parent / "swap").iterdir())
+    assert not [link for link in proc.descriptors(target.pid).values() if "userfaultfd" in link]
 
 
 def test_the_coldest_go_first(target: Target, directory: Path) -> None:

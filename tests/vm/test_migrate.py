@@ -262,6 +262,21 @@ def test_a_guest_that_calls_every_page_free_harms_itself_alone(vm: Vm) -> None:
     assert not vm.cluster.a.has(vm.name)
 
 
+def test_nothing_is_evicted_from_a_vm_on_its_way(vm: Vm) -> None:
+    refused = []
+
+    def evict() -> None:
+        refused.append(vm.cluster.a.outboard("evict", vm.name, "--idle", "0"))
+        vm.cluster.a.outboard("cancel", vm.name)
+
+    said = disturbed(vm, "copying", evict, *SLOW)
+    assert said.startswith("exit 5"), said
+    assert refused[0].returncode == 4
+    assert "is being migrated" in refused[0].stderr
+    assert not vm.record("a").memory_directory.exists()
+    vm.verify("a")
+
+
 def test_an_engine_killed_before_the_switch_is_forgotten(vm: Vm) -> None:
     def kill() -> None:
         os.kill(vm.cluster.a.engine(), signal.SIGKILL)

@@ -79,6 +79,7 @@ class Agent:
         self._engines = multiprocessing.get_context("forkserver")
         self._engines.set_forkserver_preload(["outboard.agent.engine", "click"])
         self._supervisor = Supervisor(self._start_engine, registry, state_dir() / "swap")
+        self._engaging: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _start_engine(self, task: Depart | Receive | Manage) -> Connection:
@@ -105,7 +106,7 @@ class Agent:
             raise RefusedError(
                 "migrating", f"{record.name} is being migrated already; outboard cancel {record.name} stops that"
             )
-        if record.memory_directory.exists():
+        if record.memory_directory.exists() or record.name in self._engaging:
             raise RefusedError(
                 "managed",
                 f"the memory of {record.name} is managed, some of it may be away; outboard release {record.name} "
@@ -205,7 +206,16 @@ class Agent:
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
     async def _ensure_engine(self, request: Request) -> Response:
-        path = await asyncio.to_thread(self._supervisor.ensure, request.path_params["vm"])
+        vm = request.path_params["vm"]
+        if any(running.vm == vm for running in self._migrations.active()):
+            raise RefusedError(
+                "migrating", f"{vm} is being migrated: what is put away now would be missed at its other end"
+            )
+        self._engaging.append(vm)
+        try:
+            path = await asyncio.to_thread(self._supervisor.ensure, vm)
+        finally:
+            self._engaging.remove(vm)
         return JSONResponse({"control": os.fspath(path)})
 
     async def _upgrade_engine(self, request: Request) -> Response:

@@ -24,11 +24,14 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import structlog
 
 from outboard.agent.orders import Evict, Failed, Fetch, HandOver, Looked, Order, Release, ask
 from outboard.errors import KernelError, OutboardError, RefusedError
@@ -38,16 +41,18 @@ from outboard.pages import PAGE_SIZE
 from outboard.pages.heat import Heat
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
-from outboard.stores.file import FileStore
+from outboard.stores.file import FileStore, remove
 from outboard.trace.idle import IdleTrace
 from outboard.vmm.guest import Guest, Region, VCpu
 
 CONTROL = "control.sock"
+_LAYOUT = "layout.json"
 _HAND_OVER_S = 10.0
 _HALF_LIFE_S = 300.0
 """Of what earlier orders have seen the guest touch."""
 _LOOK_S = 1.0
 """How often to look whether faults are still served."""
+log = structlog.get_logger()
 _STORES = {"pool": Where.POOL, "file": Where.FILE}
 
 
@@ -59,6 +64,16 @@ class Layout(msgspec.Struct, frozen=True):
     start_time: int
     regions: tuple[Region, ...]
     vcpus: tuple[VCpu, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """An eviction whose pages are being watched until ``due`` (CLOCK_MONOTONIC)."""
+
+    client: Connection
+    order: Evict
+    trace: IdleTrace
+    due: float
 
 
 class Manager:
@@ -79,11 +94,19 @@ class Manager:
         with contextlib.ExitStack() as undo:
             self._lock = _lock(directory, successor=successor)
             undo.callback(os.close, self._lock)
-            self._layout = _layout(directory, attach)
-            layout = self._layout
+            self._swap = swap
+            layout = _known(directory)
+            if layout is None:
+                # Whatever lies here is another guest's, or of the time before a power cut: nobody can want it.
+                _empty(directory)
+                remove(swap)
+                undo.callback(self._forget)
+                layout = _first(directory, attach)
             self._guest = Guest(layout.name, layout.pid, layout.regions, layout.vcpus)
             undo.callback(self._guest.close)
             swap.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._listener = _listen(directory / CONTROL)
+            undo.callback(self._listener.close)
             pages = self._guest.pages
             self._stores = {
                 Where.POOL: FileStore(directory / "pool", pages),
@@ -94,8 +117,8 @@ class Manager:
             undo.callback(os.close, self._process)
             self._pager = Pager(self._guest, Residency(pages, directory), self._stores)
             undo.pop_all()
-        self._swap = swap
-        self._listener = _listen(directory / CONTROL)
+        self._pending: _Pending | None = None
+        self._failure: Exception | None = None
 
     def serve(self) -> None:
         """Serve until the guest has been released or handed over, or has ended.
@@ -107,7 +130,7 @@ class Manager:
         for fd in (self._listener.fileno(), self._process):
             poll.register(fd, select.POLLIN)
         while True:
-            for fd, _ in poll.poll(_LOOK_S * 1000):
+            for fd, _ in poll.poll(self._patience_s() * 1000):
                 if fd == self._process:
                     self._let_go()
                     self._forget()
@@ -121,11 +144,33 @@ class Manager:
                 going_on = self._attend(clients[fd])
                 if going_on is None:
                     poll.unregister(fd)
-                    clients.pop(fd).close()
+                    gone = clients.pop(fd)
+                    if self._pending is not None and self._pending.client is gone:
+                        self._pending = None
+                    gone.close()
                 elif not going_on:
                     return
-            if isinstance(self._pager.failure, KernelError):
-                raise self._pager.failure
+            if self._pending is not None and time.monotonic() >= self._pending.due:
+                pending, self._pending = self._pending, None
+                self._answer(pending.client, partial(self._evict_idle, pending))
+            self._mourn()
+
+    def _patience_s(self) -> float:
+        if self._pending is None:
+            return _LOOK_S
+        return min(_LOOK_S, max(0.0, self._pending.due - time.monotonic()))
+
+    def _mourn(self) -> None:
+        """Say aloud what the serving of faults met with, once.
+
+        :raise KernelError: it has ended.
+        """
+        failure = self._pager.failure
+        if failure is not None and failure is not self._failure:
+            self._failure = failure
+            log.error("faults", vm=self._guest.name, why=str(failure))
+        if isinstance(failure, KernelError):
+            raise failure
 
     def _attend(self, client: Connection) -> bool | None:
         """Carry out one order; whether to go on, None when the client has gone."""
@@ -133,41 +178,62 @@ class Manager:
             order = msgspec.json.decode(client.recv_bytes(), type=Order)
         except (EOFError, OSError, msgspec.DecodeError):
             return None
+        if not (isinstance(order, Evict) and order.idle > 0):
+            return self._answer(client, partial(self._carry_out, order))
         try:
-            answer: Looked | Failed = self._looked(self._carry_out(order))
+            self._watch(client, order)
+        except OutboardError as error:
+            _send(client, Failed(why=str(error), exit_code=error.exit_code))
+        return True
+
+    def _answer(self, client: Connection, work: Callable[[], tuple[int, bool]]) -> bool:
+        """Do some work and tell the client; whether to go on."""
+        ended = False
+        try:
+            moved, ended = work()
+            answer: Looked | Failed = self._looked(moved)
         except OutboardError as error:
             answer = Failed(why=str(error), exit_code=error.exit_code)
-        ended = isinstance(answer, Looked) and isinstance(order, Release | HandOver)
         if ended:
             # Whoever is answered may begin at once.
+            if self._pending is not None:
+                gone = Failed(why=f"{self._guest.name} was let go while it was watched", exit_code=1)
+                _send(self._pending.client, gone)
             self._let_go()
-            if isinstance(order, Release):
-                self._forget()
             os.close(self._lock)
-        with contextlib.suppress(OSError):
-            client.send_bytes(msgspec.json.encode(answer))
+        _send(client, answer)
         return not ended
 
-    def _carry_out(self, order: Order) -> int:
+    def _carry_out(self, order: Order) -> tuple[int, bool]:
+        """Pages moved, and whether that was the end."""
+        whole = PageSet.full(self._guest.pages)
         match order:
             case Evict():
-                return self._evict(order)
+                return self._evict(order, whole), False
             case Fetch():
-                return self._pager.fetch(PageSet.full(self._guest.pages))
+                return self._pager.fetch(whole), False
             case Release():
-                came = self._pager.fetch(PageSet.full(self._guest.pages))
+                came = self._pager.fetch(whole)
                 self._pager.release()
-                return came
-        return 0
+                self._forget()
+                return came, True
+        return 0, isinstance(order, HandOver)
 
-    def _evict(self, order: Evict) -> int:
-        cold = self._pager.residency.pages_at(Where.RESIDENT) & self._guest.memory.populated()
-        if order.idle:
-            trace = IdleTrace(self._guest)
-            time.sleep(order.idle)
-            idle = trace.idle()
-            self._heat.touch((~idle).numbers(), time.monotonic())
-            cold &= idle
+    def _watch(self, client: Connection, order: Evict) -> None:
+        """Begin to look what is idle; other orders are carried out meanwhile."""
+        if self._pending is not None:
+            raise RefusedError(
+                "evicting", f"{self._guest.name} is being watched for another eviction; wait until that is done"
+            )
+        self._pending = _Pending(client, order, IdleTrace(self._guest), time.monotonic() + order.idle)
+
+    def _evict_idle(self, pending: _Pending) -> tuple[int, bool]:
+        idle = pending.trace.idle()
+        self._heat.touch((~idle).numbers(), time.monotonic())
+        return self._evict(pending.order, idle), False
+
+    def _evict(self, order: Evict, among: PageSet) -> int:
+        cold = self._pager.residency.pages_at(Where.RESIDENT) & self._guest.memory.populated() & among
         numbers = cold.numbers()
         if order.most is not None:
             # What was not touched this time may have been before.
@@ -202,9 +268,14 @@ class Manager:
 
     def _forget(self) -> None:
         """The guest is nobody's any more: leave nothing behind."""
-        for path in self._swap.parent.glob(self._swap.name + "*"):
-            path.unlink()
+        remove(self._swap)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _send(client: Connection, answer: Looked | Failed) -> None:
+    # Whoever asked may have gone.
+    with contextlib.suppress(OSError):
+        client.send_bytes(msgspec.json.encode(answer))
 
 
 def _lock(directory: Path, *, successor: bool) -> int:
@@ -239,23 +310,27 @@ def _lock(directory: Path, *, successor: bool) -> int:
     return fd
 
 
-def _layout(directory: Path, attach: Callable[[], Guest]) -> Layout:
-    path = directory / "layout.json"
+def _known(directory: Path) -> Layout | None:
+    """The guest that an engine before us has left here, if it still runs."""
     try:
-        layout = msgspec.json.decode(path.read_bytes(), type=Layout)
-        if proc.start_time(layout.pid) == layout.start_time:
-            return layout
+        layout = msgspec.json.decode((directory / _LAYOUT).read_bytes(), type=Layout)
+        return layout if proc.start_time(layout.pid) == layout.start_time else None
     except (FileNotFoundError, KernelError):
-        pass
-    # Another process's pages, if anybody's.
+        return None
+
+
+def _empty(directory: Path) -> None:
     for old in directory.iterdir():
         if old.name != "lock":
             old.unlink()
+
+
+def _first(directory: Path, attach: Callable[[], Guest]) -> Layout:
     with attach() as guest:
         layout = Layout(guest.name, guest.pid, proc.start_time(guest.pid), guest.regions, guest.vcpus)
-    fresh = directory / "layout.new"
+    fresh = directory / f"{_LAYOUT}.new"
     fresh.write_bytes(msgspec.json.encode(layout))
-    fresh.rename(path)
+    fresh.rename(directory / _LAYOUT)
     return layout
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,14 +35,14 @@ class Supervisor:
     :param start: starts an engine for a task; its pipe.
     :param swap: the directory of the swap files.
 
-    Synchronization: any thread.
+    Synchronization: any thread; what is done for one VM does not wait for another.
     """
 
     def __init__(self, start: Callable[[Manage], Connection], registry: Registry, swap: Path) -> None:
         self._start = start
         self._registry = registry
         self._swap = swap
-        self._lock = threading.Lock()
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._watched: dict[str, int] = {}
 
     def adopt(self) -> None:
@@ -59,7 +60,7 @@ class Supervisor:
         :raise NotFoundError: no such VM.
         :raise OutboardError: it cannot be managed, and why.
         """
-        with self._lock:
+        with self._locks[vm]:
             path = self._registry.get(vm).memory_directory / CONTROL
             try:
                 engine = ask(path, Look(), timeout=5.0).engine
@@ -73,7 +74,7 @@ class Supervisor:
 
         :raise NotFoundError: no such VM, or nobody manages it.
         """
-        with self._lock:
+        with self._locks[vm]:
             self._registry.get(vm)
             if not self._managed(vm):
                 raise NotFoundError(f"the memory of {vm} is not managed; outboard evict {vm} begins that")
@@ -112,7 +113,7 @@ class Supervisor:
         else:
             pidfd.wait(process, None)
             pidfd.close(process)
-        with self._lock:
+        with self._locks[vm]:
             if self._watched.get(vm) != engine:
                 return
             del self._watched[vm]

@@ -104,7 +104,16 @@ class Pager:
         self._evicted = self._zeros = self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
         self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            # Nothing is away if nobody had the guest before us; else it is left to whoever comes next.
+            self._faults.close()
+            if any(self.residency.count(where) for where in STORED):
+                self._clamp.close()
+            else:
+                self._clamp.release()
+            raise
         self._faults.start()
 
     def _table(self) -> Table:
@@ -187,14 +196,13 @@ class Pager:
         went = 0
         for claimed in self._claims(pages & self.residency.pages_at(Where.RESIDENT)):
             try:
-                # Between the look at where they are and the claim a fault may have come in between, but brought them.
                 self._put_away(claimed, to, store)
                 went += claimed.size
+                self._evicted += claimed.size
             finally:
                 runs = self._runs(claimed)
                 batches.release(self._claimed, claimed)
                 self._everywhere("UFFDIO_WAKE", runs)
-        self._evicted += went
         return went
 
     def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore) -> None:

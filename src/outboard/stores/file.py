@@ -41,16 +41,17 @@ class FileStore:
     def __init__(self, path: Path, room: int) -> None:
         self.path = path
         self.room = room
+        slots, digests = _beside(path)
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise KernelError(f"open of the page file {path}", error.errno or errno.EIO) from error
         try:
-            self._slots = Slots(path.with_name(path.name + ".slots"), room)
+            self._slots = Slots(slots, room)
             self.taken = self._slots.taken
             self.digests: NDArray[np.uint64] | None = None
             if statfs.of(self._fd).type != statfs.TMPFS_MAGIC:
-                self.digests = file_array(path.with_name(path.name + ".digests"), room, np.uint64)
+                self.digests = file_array(digests, room, np.uint64)
         except BaseException:
             os.close(self._fd)
             raise
@@ -128,6 +129,16 @@ class FileStore:
             os.close(self._fd)
             self._fd = -1
             del self.taken, self.digests, self._slots
+
+
+def remove(path: Path) -> None:
+    """Remove a store's file with what lies beside it. Idempotent."""
+    for one in (path, *_beside(path)):
+        one.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    return path.with_name(path.name + ".slots"), path.with_name(path.name + ".digests")
 
 
 def _rows(slots: NDArray[np.uint64]) -> Iterator[tuple[int, int, int]]:
