@@ -2,27 +2,21 @@
 
 A target touches pages of its shared memory in a known order, without a sleep; Outboard traces it from outside as it
 would any process. The accesses that fell into the window, and all before them, go through Mattson's stack; the curve
-is judged at 64 sizes. Then the trace is switched off and on in turn: the slowdown is what the target's rate of touches
+is judged at 64 sizes. So are memcached and redis-server under load, of which bench.servers knows the truth. Then the trace is switched off and on in turn: the slowdown is what the target's rate of touches
 loses, by the clock and by its own processor time (which other work on the machine does not disturb).
 """
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Self
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from outboard.trace.accesses import AccessTrace, MessagesTrace, PageTablesTrace
@@ -30,71 +24,14 @@ from outboard.trace.sampling import Budget, Sampler, sample
 from outboard.vmm.process import attach_process
 
 from .claims import Claim, claim, publish
-from .mattson import misses
 from .patterns import PATTERNS
+from .servers import SERVERS, ServerTarget
+from .targets import KnownTarget, Mark, Target
 
 _SIZES = 64
 _WARM_S = 3.0
 _SLICE_S, _SETTLE_S = 0.3, 0.1
 _BACKENDS: dict[str, type[AccessTrace]] = {kind.backend: kind for kind in (PageTablesTrace, MessagesTrace)}
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """Where the target is: touches begun so far, the clock and its processor time in seconds."""
-
-    touches: int
-    clock: float
-    cpu: float
-
-
-@cache
-def _program() -> Path:
-    directory = tempfile.mkdtemp(prefix="outboard-bench-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    program = Path(directory) / "mrc_target"
-    subprocess.run(["gcc", "-O2", "-o", program, Path(__file__).with_name("mrc_target.c")], check=True)
-    return program
-
-
-class KnownTarget:
-    """The target of mrc_target.c, going through ``sequence`` over and over."""
-
-    def __init__(self, sequence: NDArray[np.int32], pages: int, work: int) -> None:
-        self._sequence = sequence
-        with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="outboard-bench-") as file:
-            sequence.tofile(file.name)
-            self._process = subprocess.Popen(
-                [_program(), file.name, str(pages), str(work)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                bufsize=1,
-            )
-            self.pid = self._process.pid
-            self._line()
-
-    def _line(self) -> list[str]:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().split()
-
-    def mark(self) -> Mark:
-        """Where it is now."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("?\n")
-        touches, clock, cpu = (int(word) for word in self._line())
-        return Mark(touches, clock / 1e9, cpu / 1e9)
-
-    def accesses(self, end: int) -> NDArray[np.int32]:
-        """Its first ``end`` touches."""
-        return np.resize(self._sequence, end)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +62,7 @@ def _trace(sampler: Sampler, seconds: float) -> None:
         time.sleep(sampler.step())
 
 
-def _slowdowns(target: KnownTarget, sampler: Sampler, pairs: int) -> tuple[float, float]:
+def _slowdowns(target: Target, sampler: Sampler, pairs: int) -> tuple[float, float]:
     """Medians over pairs of slices, traced and not traced; short ones, in which the rest of the machine does alike."""
     found = []
     for _ in range(pairs):
@@ -144,19 +81,15 @@ def _slowdowns(target: KnownTarget, sampler: Sampler, pairs: int) -> tuple[float
     return float(by_clock), float(by_cpu)
 
 
-def run(
-    pattern: str, seed: int, backend: type[AccessTrace], *, pages: int, work: int, window: float, slowdown: float
-) -> Run:
+def run(target: Target, rng: np.random.Generator, backend: type[AccessTrace], *, window: float, slowdown: float) -> Run:
     """Trace a target for ``window`` seconds and judge the curve."""
-    rng = np.random.default_rng(seed)
-    sequence = PATTERNS[pattern](rng, pages, 1 << 23)
-    with KnownTarget(sequence, pages, work) as target, attach_process(target.pid) as guest:
+    with attach_process(target.pid) as guest:
         time.sleep(_WARM_S)
         with backend(guest) as trace:
             sampler = Sampler(
                 trace,
-                sample(pages),
-                pages,
+                sample(guest.pages),
+                guest.pages,
                 Budget(backend.trap_s, slowdown),
                 rng,
                 time.monotonic_ns,
@@ -165,13 +98,13 @@ def run(
             _trace(sampler, window)
             spent = time.process_time() - spent
             ended = target.mark()
-            sizes = np.linspace(0, pages, _SIZES + 1)[1:]
+            sizes = np.linspace(0, target.touched, _SIZES + 1)[1:]
             curve, told = sampler.curve(sizes), sampler.statistics()
             state = told.state + trace.statistics().state
             costs = _slowdowns(target, sampler, max(20, int(window)))
     seconds = ended.clock - began.clock
     touches = ended.touches - began.touches
-    truth = misses(target.accesses(ended.touches), pages, began.touches, sizes)
+    truth = target.misses(began, ended, sizes)
     ratio = truth / touches
     matter = ratio >= 0.02
     return Run(
@@ -201,9 +134,17 @@ def claims_of(pattern: str, runs: list[Run]) -> list[Claim]:
     ]
 
 
+def _target(pattern: str, seed: int, rng: np.random.Generator, pages: int, work: int) -> AbstractContextManager[Target]:
+    if pattern in SERVERS:
+        return ServerTarget(pattern, seed)
+    return KnownTarget(PATTERNS[pattern](rng, pages, 1 << 23), pages, work)
+
+
 @click.command()
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the claims here.")
-@click.option("--pattern", "patterns", type=click.Choice(list(PATTERNS)), multiple=True, help="All when not given.")
+@click.option(
+    "--pattern", "patterns", type=click.Choice([*PATTERNS, *SERVERS]), multiple=True, help="All if not given."
+)
 @click.option("--seeds", default=10, show_default=True)
 @click.option("--window", default=60.0, show_default=True, help="Seconds.")
 @click.option("--pages", default=16_384, show_default=True)
@@ -223,10 +164,12 @@ def main(
     """Judge the miss-rate curve."""
     console = Console()
     claims = []
-    for pattern in patterns or PATTERNS:
+    for pattern in patterns or (*PATTERNS, *SERVERS):
         runs = []
         for seed in range(seeds):
-            found = run(pattern, seed, _BACKENDS[backend], pages=pages, work=work, window=window, slowdown=slowdown)
+            rng = np.random.default_rng(seed)
+            with _target(pattern, seed, rng, pages, work) as target:
+                found = run(target, rng, _BACKENDS[backend], window=window, slowdown=slowdown)
             runs.append(found)
             console.print(
                 f"{pattern} {seed}: ratio ±{found.ratio_error:.4f}, misses/s ±{found.rate_error:.1%}, "

@@ -36,3 +36,20 @@ def test_the_working_set_and_the_heat_are_told(vm: Vm) -> None:
     last = json.loads(done.stdout.splitlines()[-1])
     assert 0 < last["touched"] < 0.5
     vm.verify("a")
+
+
+def test_a_managed_vm_is_traced_too(vm: Vm) -> None:
+    host = vm.cluster.a
+    assert host.outboard("evict", vm.name, "--idle", "0.5").returncode == 0
+    done = host.outboard("wss", vm.name, "--duration", "6", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    sizes = {one["window"]: one["bytes"] for one in json.loads(done.stdout)["working_sets"]}
+    assert 10e6 < sizes[1.0] < 40e6
+    done = host.outboard("heat", vm.name, "--duration", "3", "-o", "ndjson")
+    assert done.returncode == 0, done.stderr
+    assert 0 < json.loads(done.stdout.splitlines()[-1])["touched"] < 0.5
+    # It is managed as before.
+    assert host.outboard("evict", vm.name, "--idle", "0.5", "--to", "file").returncode == 0
+    vm.verify("a")
+    assert host.outboard("release", vm.name).returncode == 0
+    vm.verify("a")

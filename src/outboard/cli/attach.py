@@ -49,20 +49,24 @@ class VmReport(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.vm
     vcpus: int
 
 
-def open_guest(vm: str | None, qmp: Path | None, pid: int | None) -> QemuGuest:
+def open_guest(vm: str | None, qmp: Path | None, pid: int | None, *, managed: bool = False) -> QemuGuest:
     """Attach to the VM that a command names in one of three ways.
 
+    :param managed: as in :func:`outboard.vmm.attach.attach`.
     :raise UsageError: it names none, or several.
     """
     if sum(one is not None for one in (vm, qmp, pid)) != 1:
         raise UsageError("name one VM: by its name, by --qmp SOCKET, or by --pid PID")
-    return Registry(runtime_dir()).get(vm).attach() if vm is not None else attach_to(qmp=qmp, pid=pid)
+    if vm is not None:
+        return Registry(runtime_dir()).get(vm).attach(managed=managed)
+    return attach_to(qmp=qmp, pid=pid, managed=managed)
 
 
 def open_memory(vm: str | None, qmp: Path | None, pid: int | None) -> Guest:
-    """As :func:`open_guest`, for what needs memory only: ``pid`` may be any process with shared memory."""
+    """As :func:`open_guest`, for what looks at memory only: it may be managed, and ``pid`` be any process with shared
+    memory."""
     try:
-        return open_guest(vm, qmp, pid)
+        return open_guest(vm, qmp, pid, managed=True)
     except RefusedError as error:
         if pid is None or error.reason != "not-qemu":
             raise

@@ -19,7 +19,7 @@ from outboard.pages.shared import publish, shared_array
 
 ACCESS = np.dtype([("page", "<i8"), ("after", "<i8"), ("at", "<i8"), ("ran", "<i8"), ("write", "<i8")])
 """A page's first access: it came after ``after`` and at ``at`` at the latest, CLOCK_MONOTONIC in nanoseconds; ``ran``:
-the guest's processor time at ``at``, in nanoseconds."""
+the guest's processor time at ``at``, in nanoseconds; ``write``: not 0 for a write, -1 where that cannot be told."""
 
 _NOTED, _TAKEN, _DROPPED = range(3)
 

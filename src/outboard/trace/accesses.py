@@ -11,8 +11,13 @@ in one of two ways (:mod:`outboard.trace.watch`); :func:`open_access_trace` take
                  (Linux 5.13 for shmem)          The moment is exact; a page that has never been written is not seen.
 ===============  ==============================  =====================================================================
 
+Memory that a pager of ours holds has its userfaultfd already. There page tables are looked at without another; a write
+cannot be told from a read then, the pager answers each minor fault, and a page that it has evicted is armed as it is.
+
 A page that could not be zapped is reported as not armed; so is, by ``page-tables``, one that was touched within the
-microsecond after it was zapped. A trace belongs to one mapping; what other processes do to the same file is not seen.
+microsecond after it was zapped. For a write the kernel first maps the page protected and then lifts that by another
+fault: ``page-tables`` takes it for a read if it looks in between. A process has one trace at a time. A trace belongs to
+one mapping; what other processes do to the same file is not seen.
 
 Not used, for want of a kernel here to try them on: idle page tracking (CONFIG_IDLE_PAGE_TRACKING), DAMON over virtual
 addresses (CONFIG_DAMON_VADDR), read-write protection (UFFD_FEATURE_RWP).
@@ -22,6 +27,7 @@ Source: userfaultfd(2), process_madvise(2), Documentation/admin-guide/mm/pagemap
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
@@ -43,7 +49,7 @@ from outboard.pages.traps import TrapRing
 from outboard.trace import watch
 from outboard.trace.running import Running
 from outboard.trace.zap import Moments, Places, Zap, heads, open_zap, places_of
-from outboard.vmm.clamp import Clamp
+from outboard.vmm.clamp import Clamp, registrations
 from outboard.vmm.guest import Guest
 
 _ROWS = 1024
@@ -92,13 +98,28 @@ class AccessTrace(ABC):
         self._fresh: NDArray[np.int64] = np.zeros((_ROWS, 3), dtype=np.int64)
         self._pagemap = Pagemap(guest.pid)
         try:
-            self._clamp = Clamp.inject(guest, self.features, self.mode, outlives_us=False)
+            self._exclude_others()
+            self._clamp = self._hold()
         except BaseException:
             self._pagemap.close()
             raise
+        self._control[watch.PROTECTED] = self._clamp is not None
         self._ask, self._reply = os.eventfd(0), os.eventfd(0)
         self._thread = threading.Thread(target=self._notice, name="access-trace", daemon=True)
         self._thread.start()
+
+    def _exclude_others(self) -> None:
+        """Two traces would disarm each other's pages. The lock goes with us, however we end."""
+        try:
+            fcntl.flock(self._pagemap.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RefusedError(
+                "traced", f"{self._guest.name}: its accesses are being traced already; wait until that has ended"
+            ) from None
+
+    def _hold(self) -> Clamp | None:
+        """Register the memory, if that is needed."""
+        return Clamp.inject(self._guest, self.features, self.mode, outlives_us=False)
 
     @abstractmethod
     def _notice(self) -> None:
@@ -183,7 +204,8 @@ class AccessTrace(ABC):
             return
         try:
             # Faults are answered until there can be no more.
-            self._clamp.release()
+            if self._clamp is not None:
+                self._clamp.release()
         finally:
             self._control[watch.ASKED] = watch.STOP
             os.eventfd_write(self._ask, 1)
@@ -224,7 +246,7 @@ class PageTablesTrace(AccessTrace):
         )
 
     def _arm(self, pages: NDArray[np.int64], places: Places) -> Moments:
-        since = self._zap(places, self._clamp.uffd)
+        since = self._zap(places, None if self._clamp is None else self._clamp.uffd)
         armed = since[:, 0] > 0
         rows = np.column_stack((pages, places.addresses, since[:, 0]))[armed]
         for first in range(0, len(rows), _ROWS):
@@ -232,6 +254,16 @@ class PageTablesTrace(AccessTrace):
             self._fresh[: len(part)] = part
             self._demand(watch.WATCH, len(part))
         return since
+
+
+class ManagedTrace(PageTablesTrace):
+    """Page tables are looked at, in memory that a pager has registered."""
+
+    # The pager answers a minor fault.
+    trap_s = 150e-6
+
+    def _hold(self) -> Clamp | None:
+        return None
 
 
 class MessagesTrace(AccessTrace):
@@ -267,16 +299,29 @@ class MessagesTrace(AccessTrace):
         return since
 
 
+def _held_by_a_pager(guest: Guest) -> bool:
+    """Where minor faults and protections are nobody's, the kernel maps a page's neighbours with it."""
+    return all(
+        mode & Mode.MISSING and mode & (Mode.MINOR | Mode.WP) for mode in registrations(guest.pid, guest.regions)
+    )
+
+
 def open_access_trace(guest: Guest) -> AccessTrace:
     """A trace over ``guest``'s memory, with the best back end that this kernel has.
 
-    :raise RefusedError: ``access-trace``: the kernel has none; ``uffd-taken``: another userfaultfd holds the memory.
+    :raise RefusedError: ``access-trace``: the kernel has none; ``traced``: there is one already; ``uffd-taken``: a
+        userfaultfd that is not a pager's holds the memory.
     :raise KernelError: injection or registration failed.
     """
     features = available_features()
     for kind in (PageTablesTrace, MessagesTrace):
         if features & kind.features == kind.features:
-            return kind(guest)
+            try:
+                return kind(guest)
+            except RefusedError as error:
+                if error.reason != "uffd-taken" or not _held_by_a_pager(guest):
+                    raise
+                return ManagedTrace(guest)
     raise RefusedError(
         "access-trace",
         "tracing accesses needs UFFD_FEATURE_WP_ASYNC (Linux 6.7) or UFFD_FEATURE_MINOR_SHMEM (Linux 5.13), and this "

@@ -27,9 +27,10 @@ from outboard.trace.running import follow
 STOP, WATCH, LOOK = range(3)
 """What can be asked: to end, to watch more pages, to look at all of them now."""
 
-ASKED, ROWS, HEAP, LOOKS, FAULTS, AT_ONCE, FAILED = range(7)
+ASKED, ROWS, HEAP, LOOKS, FAULTS, AT_ONCE, FAILED, PROTECTED = range(8)
 """The words of ``control``: the request, how many rows of ``fresh`` it gives; bytes of the heap; looks, faults, and
-pages found touched at the first look, so far; the errno that ended the work."""
+pages found touched at the first look, so far; the errno that ended the work; whether what is armed is also
+write-protected."""
 
 _AT_LEAST_NS = 30_000
 _PART = 16
@@ -106,7 +107,9 @@ def _still_waits(
     if room[2] & PRESENT_ENTRY:
         if heap[index, 3] == heap[index, 2]:
             control[AT_ONCE] += 1
-        write = 0 if room[2] & WRITE_PROTECTED_ENTRY else 1
+        write = -1
+        if control[PROTECTED]:
+            write = 0 if room[2] & WRITE_PROTECTED_ENTRY else 1
         note(traced, state, records, page, heap[index, 3], now, follow(clock, seen, now, room), write)
         return False
     heap[index, 3] = now

@@ -9,17 +9,21 @@ from pathlib import Path
 from outboard.errors import KernelError, OutboardError, PeerError, RefusedError, UnreachableError, UsageError
 from outboard.linux import proc
 from outboard.vmm import memory_map, qemu_process, refusals
+from outboard.vmm.clamp import registrations
 from outboard.vmm.guest import QemuGuest, Region, VCpu
 from outboard.vmm.memory_map import RamRange
 from outboard.vmm.monitor import Monitor, MonitorError
 
 _HVA = re.compile(r"is 0x([0-9a-f]+)")
-_REGISTERED = frozenset({"um", "uw", "ui"})
-"""VmFlags of smaps: registered with a userfaultfd for missing pages, write-protection, minor faults."""
 
 
 def attach(
-    *, qmp: Path | None = None, pid: int | None = None, name: str | None = None, agent_path: Path | None = None
+    *,
+    qmp: Path | None = None,
+    pid: int | None = None,
+    name: str | None = None,
+    agent_path: Path | None = None,
+    managed: bool = False,
 ) -> QemuGuest:
     """Attach to a QEMU by its QMP socket, or by its process.
 
@@ -27,6 +31,7 @@ def attach(
 
     :param name: what to call it; QEMU's own -name when not given.
     :param agent_path: the guest agent's socket; found on QEMU's command line when not given.
+    :param managed: also take one whose memory is registered already, which can be looked at and not managed.
     :raise UsageError: neither or both of ``qmp`` and ``pid``.
     :raise RefusedError: the VM cannot be managed; its ``reason`` is ``anonymous-memory``, ``not-shared``, ``no-ram``,
         ``vfio``, ``vhost-user``, ``ivshmem``, ``confidential``, ``uffd-taken``, ``no-privilege``, ``not-qemu`` or
@@ -38,7 +43,7 @@ def attach(
     monitor = None
     try:
         monitor = Monitor.connect(qmp) if qmp is not None else _monitor_of(pid or 0)
-        return _attach(monitor, name, agent_path)
+        return _attach(monitor, name, agent_path, managed=managed)
     except BaseException as error:
         if monitor is not None:
             monitor.close()
@@ -75,15 +80,20 @@ def _monitor_of(pid: int) -> Monitor:
     raise failure
 
 
-def _attach(monitor: Monitor, name: str | None, agent_path: Path | None) -> QemuGuest:
+def _attach(monitor: Monitor, name: str | None, agent_path: Path | None, *, managed: bool) -> QemuGuest:
     pid = monitor.peer_pid
     qemu_process.check(pid)
     name = name or monitor.execute("query-name").get("name") or f"qemu-{pid}"
     links = list(proc.descriptors(pid).values())
     _check(name, links, monitor)
     regions = _regions(name, pid, monitor)
-    if any("userfaultfd" in link for link in links):
-        _check_unregistered(name, pid, regions)
+    # Looked at only where there is something to be found.
+    if not managed and any("userfaultfd" in link for link in links) and any(registrations(pid, regions)):
+        raise RefusedError(
+            "uffd-taken",
+            f"{name}: its memory is registered with another userfaultfd (QEMU's post-copy or background snapshot, "
+            "or another manager); let that end first",
+        )
     return QemuGuest(name, pid, regions, _vcpus(name, pid, monitor), monitor, agent_path or qemu_process.agent(pid))
 
 
@@ -102,17 +112,6 @@ def _check(name: str, links: list[str], monitor: Monitor) -> None:
     refusals.refuse_pinned(name, links, types)
     refusals.refuse_shared_with_others(name, monitor.human("info network"), types)
     refusals.refuse_own_faults(name, monitor.execute("query-migrate-capabilities"))
-
-
-def _check_unregistered(name: str, pid: int, regions: tuple[Region, ...]) -> None:
-    """smaps walks the page tables, 9 ms a GiB: look only where there is something to be found."""
-    for start in {region.mapping.start for region in regions}:
-        if _REGISTERED & set(proc.smaps(pid, start).get("VmFlags", "").split()):
-            raise RefusedError(
-                "uffd-taken",
-                f"{name}: its memory is registered with another userfaultfd (QEMU's post-copy or background snapshot, "
-                "or another manager); let that end first",
-            )
 
 
 def _vcpus(name: str, pid: int, monitor: Monitor) -> tuple[VCpu, ...]:

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections.abc import Iterable
 
 from outboard.errors import KernelError, RefusedError
 from outboard.linux import pidfd, proc, ptrace
 from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
 from outboard.pages import PAGE_SIZE
 from outboard.vmm.guest import Guest, Region
+
+_VM_FLAGS = {"um": Mode.MISSING, "uw": Mode.WP, "ui": Mode.MINOR}
+"""As smaps spells them."""
 
 
 class Clamp:
@@ -133,6 +137,20 @@ class Clamp:
                 raise
         finally:
             self.uffd.close()
+
+
+def registrations(pid: int, regions: Iterable[Region]) -> list[Mode]:
+    """What each mapping of ``regions`` is registered for, with whosever userfaultfd.
+
+    smaps walks the page tables, 9 ms a GiB.
+
+    :raise KernelError: the process has ended.
+    """
+    found = []
+    for start in {region.mapping.start for region in regions}:
+        flags = proc.smaps(pid, start).get("VmFlags", "").split()
+        found.append(Mode(sum(mode for flag, mode in _VM_FLAGS.items() if flag in flags)))
+    return found
 
 
 def _duplicate(pid: int, number: int) -> int:

@@ -99,9 +99,9 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The description that starts the same VM on another host, as TOML."""
         return (self.directory / _SPEC).read_text()
 
-    def attach(self) -> QemuGuest:
+    def attach(self, *, managed: bool = False) -> QemuGuest:
         """Attach to it; see :func:`outboard.vmm.attach.attach`."""
-        return attach(qmp=self.engine_socket, name=self.name, agent_path=self.agent_socket)
+        return attach(qmp=self.engine_socket, name=self.name, agent_path=self.agent_socket, managed=managed)
 
 
 def _encode_path(value: Any) -> str:
