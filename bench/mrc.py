@@ -2,8 +2,9 @@
 
 A target touches pages of its shared memory in a known order, without a sleep; Outboard traces it from outside as it
 would any process. The accesses that fell into the window, and all before them, go through Mattson's stack; the curve
-is judged at 64 sizes. So are memcached and redis-server under load, of which bench.servers knows the truth. Then the trace is switched off and on in turn: the slowdown is what the target's rate of touches
-loses, by the clock and by its own processor time (which other work on the machine does not disturb).
+is judged at 64 sizes. memcached and redis-server are judged under load too; bench.servers knows the truth of them. Then
+the trace is switched off and on in turn: the slowdown is what the target's rate of touches loses, by the clock and by
+its own processor time (which other work on the machine does not disturb).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """redis-server and memcached under load: targets of bench mrc whose truth is a run in which every access is traced.
 
-A client asks for keys of a Zipf distribution, over a unix socket, as fast as the server answers. For the truth it asks for
-one key at a time, and between two requests every page that is mapped is counted as touched and zapped again; the pages
-go through Mattson's stack in that order. Both runs are of one load, not of the very same requests.
+A client asks for one key after the other, of a Zipf distribution, over a unix socket. For the truth, every page that is
+mapped between two requests is counted as touched and zapped again; the pages go through Mattson's stack in that order.
+Both runs are of one load, not of the very same requests. An access is a request, which touches some pages.
 
 The programs are Debian's, unpacked beside the project and not installed. memcached keeps its items in a file on tmpfs
 by an option of its own; redis-server's allocator is made to map its memory shared (shared.c).

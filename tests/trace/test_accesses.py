@@ -237,7 +237,7 @@ def test_what_a_pager_holds_is_traced_too_and_what_it_evicted_is_armed(
         assert not isinstance(trace, ManagedTrace)
 
 
-def test_memory_that_is_registered_and_not_by_a_pager_is_refused(target: Target, guest: Guest) -> None:
+def test_memory_that_is_registered_and_not_by_a_pager_is_refused(guest: Guest) -> None:
     theirs = Clamp.inject(guest, Features.MISSING_SHMEM, Mode.MISSING)
     with pytest.raises(RefusedError) as caught:
         open_access_trace(guest)

@@ -275,6 +275,7 @@ class MessagesTrace(AccessTrace):
     mode = Mode.MINOR
 
     def _notice(self) -> None:
+        assert self._clamp is not None
         rows = [
             (region.hva, region.pages * PAGE_SIZE, region.first, region.page_size) for region in self._guest.regions
         ]
