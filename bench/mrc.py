@@ -31,7 +31,7 @@ from .targets import KnownTarget, Mark, Target
 
 _SIZES = 64
 _WARM_S = 3.0
-_SLICE_S, _SETTLE_S = 0.3, 0.1
+_SLICE_S, _SETTLE_S, _PAIRS = 0.3, 0.1, 20
 _BACKENDS: dict[str, type[AccessTrace]] = {kind.backend: kind for kind in (PageTablesTrace, MessagesTrace)}
 
 
@@ -102,7 +102,7 @@ def run(target: Target, rng: np.random.Generator, backend: type[AccessTrace], *,
             sizes = np.linspace(0, target.touched, _SIZES + 1)[1:]
             curve, told = sampler.curve(sizes), sampler.statistics()
             state = told.state + trace.statistics().state
-            costs = _slowdowns(target, sampler, max(20, int(window)))
+            costs = _slowdowns(target, sampler, _PAIRS)
     seconds = ended.clock - began.clock
     touches = ended.touches - began.touches
     truth = target.misses(began, ended, sizes)
