@@ -1,5 +1,7 @@
 """The verdict in words, and progress that never runs backwards."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from outboard.migrate.desk import Order
@@ -8,6 +10,14 @@ from outboard.migrate.outbox import Outbox
 from outboard.migrate.progress import Watch
 from outboard.migrate.report import Progress, Summary, verdict
 from outboard.migrate.states import Machine
+
+
+@dataclass
+class Copied:
+    """Rounds as :class:`Watch` sees them."""
+
+    dirty_rate: float | None
+    held: str | None
 
 
 class RecordingDesk:
@@ -78,9 +88,14 @@ def test_the_eta_is_a_range_and_is_withheld_when_it_cannot_be_told() -> None:
     assert isinstance(report, Progress)
     assert report.eta is not None
     assert 0 < report.eta[0] < report.remaining_bytes / report.rate < report.eta[1]
-    looking.dirty_rate = report.rate
+    looking.rounds = Copied(report.rate, None)
     clock[0] = 2.0
     looking.look(at_once=True)
     report = desk.reports[-1]
     assert isinstance(report, Progress)
     assert report.eta is None
+    looking.rounds = Copied(report.rate, "vCPU 0 held to 10%")
+    looking.look(at_once=True)
+    report = desk.reports[-1]
+    assert isinstance(report, Progress)
+    assert report.verdict == "vCPU 0 held to 10%"

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from guest.build import Image
+from outboard.linux import cgroup
 from outboard.wire.pki import create_authority, issue_host
 from tests.support.cluster import Cluster, Vm, summary_of, wait_for
 
@@ -118,6 +119,47 @@ def test_a_limit_that_changes_lets_it_finish(vm: Vm) -> None:
     assert said.startswith("exit 0"), said
     only_at(vm, "b")
     vm.verify("b")
+
+
+TOO_FAST = ("--pre-copy", "--max-bandwidth", "12MB", "--no-hints", "--max-downtime", "300ms")
+"""The guest writes 20 MB/s."""
+
+
+def test_a_guest_that_writes_too_fast_is_held_back_until_the_switch(vm: Vm) -> None:
+    home = cgroup.names(vm.record("a").pid)
+    code, output, errors = migrate(vm, "a", "b", *TOO_FAST)
+    assert code == 0, errors + vm.cluster.a.log()[-2000:]
+    summary = summary_of(output)
+    assert summary["throttle"], output
+    first, last = summary["throttle"][0], summary["throttle"][-1]
+    assert first["who"] == "vCPU 0"
+    assert first["share"] < 0.7
+    assert last["share"] == 1
+    assert "held to" in output
+    said = vm.cluster.a.outboard("explain", vm.name)
+    assert said.returncode == 0, said.stderr
+    assert "It converged" in said.stdout
+    assert "processor time" in said.stdout
+    only_at(vm, "b")
+    assert cgroup.names(vm.record("b").pid) == home
+    vm.verify("b")
+    refused = vm.cluster.a.outboard("explain", "nobody")
+    assert (refused.returncode, "outboard history" in refused.stderr) == (3, True)
+
+
+def test_a_killed_engine_holds_nobody_back(vm: Vm) -> None:
+    pid = vm.record("a").pid
+    home = cgroup.names(pid)
+    said = ""
+    for line in begun(vm, *TOO_FAST, "--max-downtime", "60ms"):
+        said = line
+        if "held to" in line and cgroup.names(pid) != home:
+            os.kill(vm.cluster.a.engine(), signal.SIGKILL)
+    assert said.startswith("exit 1"), said
+    wait_for(lambda: cgroup.names(pid) == home, "the agent to let go")
+    wait_for(lambda: not vm.cluster.b.has(vm.name), "the end of the destination's QEMU")
+    only_at(vm, "a")
+    vm.verify("a")
 
 
 def test_the_destinations_qemu_dies_before_the_switch(vm: Vm) -> None:

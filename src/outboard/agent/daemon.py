@@ -38,6 +38,7 @@ from outboard.linux import sched
 from outboard.migrate import messages
 from outboard.migrate.method import Options
 from outboard.migrate.report import Summary
+from outboard.vmm.brake import release_left_over
 from outboard.vmm.registry import Registry
 from outboard.wire.channel import Channel
 from outboard.wire.tls import Listener
@@ -120,6 +121,7 @@ class Agent:
             destination=target,
             options=request.options,
             began=time.monotonic(),
+            throttle_gain=self._history.throttle_gain(record.name),
         )
         log.info("migration begins", migration=migration, vm=record.name, host=target.name)
         running = self._migrations.add(migration, record.name, self._start_engine(task))
@@ -133,10 +135,19 @@ class Agent:
                 if kind.get("schema", "").startswith("outboard.migration.summary"):
                     self._history.keep(msgspec.json.decode(report, type=Summary))
                     log.info("migration ends", migration=running.migration, state=kind["state"], error=kind["error"])
+            # An engine that was killed has left its hold on.
+            self._let_go(running.vm)
 
         task = asyncio.create_task(keep())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _let_go(self, vm: str) -> None:
+        """Hold nothing back in a VM that no migration holds."""
+        with contextlib.suppress(OutboardError):
+            left = release_left_over(self._registry.get(vm).pid)
+            if left:
+                log.warning("let go of held vCPUs", vm=vm, vcpus=left)
 
     def _receive(self, channel: Channel) -> None:
         """Answer one call on the peer port; in a thread of its own."""
@@ -268,6 +279,8 @@ class Agent:
         warm.start()
         warm.join()
         self._supervisor.adopt()
+        for record in self._registry.list():
+            self._let_go(record.name)
         listener = Listener(self._config.listen, (self._config.port, self._config.port), self._identity)
         threading.Thread(target=self._listen, args=(listener,), daemon=True, name="peer-port").start()
         log.info("agent is up", name=self._config.name, listen=self._config.listen, port=self._config.port)

@@ -47,6 +47,7 @@ class Depart(msgspec.Struct, frozen=True, tag="depart"):
     destination: Destination
     options: Options
     began: float
+    throttle_gain: float
 
 
 class Receive(msgspec.Struct, frozen=True, tag="receive"):
@@ -157,6 +158,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             identity=identity,
             desk=desk,
             began=work.began,
+            throttle_gain=work.throttle_gain,
         )
         error: OutboardError | None = None
         try:

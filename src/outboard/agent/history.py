@@ -46,3 +46,19 @@ class History:
                 "SELECT summary FROM migrations WHERE ?1 IS NULL OR vm = ?1 ORDER BY started DESC LIMIT ?2", (vm, last)
             ).fetchall()
         return [msgspec.json.decode(row[0], type=Summary) for row in rows]
+
+    def find(self, name: str) -> Summary | None:
+        """A migration by its id, or the latest one of the VM of that name."""
+        if not self._path.exists():
+            return None
+        with closing(sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)) as base:
+            row = base.execute(
+                "SELECT summary FROM migrations WHERE migration = ?1 OR vm = ?1 "
+                "ORDER BY migration = ?1 DESC, started DESC LIMIT 1",
+                (name,),
+            ).fetchone()
+        return None if row is None else msgspec.json.decode(row[0], type=Summary)
+
+    def throttle_gain(self, vm: str) -> float:
+        """How much more than the model says a VM writes when held back, by its last migration that did that."""
+        return next((one.throttle_gain for one in self.read(vm) if any(step.share < 1 for step in one.throttle)), 1.0)

@@ -18,6 +18,7 @@ _COMMANDS = {
     "doctor": "outboard.cli.doctor:doctor",
     "engine": "outboard.cli.memory:engine",
     "evict": "outboard.cli.memory:evict",
+    "explain": "outboard.cli.history:explain",
     "fetch": "outboard.cli.memory:fetch",
     "heat": "outboard.cli.heat:heat",
     "history": "outboard.cli.history:history",

@@ -35,6 +35,9 @@ _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.D
 )
 @click.option("--hybrid", "method", flag_value="hybrid", help="Rounds while they help, then post-copy.")
 @click.option("--hints/--no-hints", default=True, show_default=True, help="Ask the guest agent which pages matter.")
+@click.option(
+    "--throttle/--no-throttle", default=True, show_default=True, help="Of --pre-copy: hold back who writes too fast."
+)
 @click.option("--max-downtime", type=Duration(), default="300ms", show_default=True, help="Longest pause allowed.")
 @click.option("--max-bandwidth", type=Bandwidth(), help="Limit, such as 500Mbit; see outboard limit to change it.")
 @click.option("--verify", is_flag=True, help="Stay paused until all has arrived and compare digests of every page.")
@@ -45,6 +48,7 @@ def migrate(
     host: str,
     method: str,
     hints: bool,
+    throttle: bool,
     max_downtime: float,
     max_bandwidth: int | None,
     verify: bool,
@@ -58,6 +62,7 @@ def migrate(
     options = {
         "method": method,
         "hints": hints,
+        "throttle": throttle,
         "max_downtime": max_downtime,
         "max_bandwidth": max_bandwidth,
         "verify": verify,

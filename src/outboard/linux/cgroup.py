@@ -11,13 +11,17 @@ them nothing until a limit is set.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from pathlib import Path
 
 from outboard.errors import KernelError
+from outboard.linux import proc
 
-PERIOD_US = 100_000
-"""Of enforcement: long, so that one per cent is still the millisecond that the kernel takes as the least quota."""
+_LONGEST_US, _SHORTEST_US = 100_000, 10_000
+"""Of enforcement, in microseconds."""
+_LEAST_QUOTA_US = 1_000
+"""What the kernel takes at least."""
 
 
 def _write(path: Path, value: str) -> None:
@@ -45,6 +49,11 @@ def cpu_version() -> int | None:
     return hierarchy[0] if hierarchy else None
 
 
+def _period_us(processors: float) -> int:
+    """As short as the least quota lets it be: who is held back stands still for the rest of each period."""
+    return round(min(_LONGEST_US, max(_SHORTEST_US, _LEAST_QUOTA_US / processors)))
+
+
 def _group_of(pid: int, tid: int, version: int, mount: Path) -> Path:
     try:
         lines = Path(f"/proc/{pid}/task/{tid}/cgroup").read_text().splitlines()
@@ -55,6 +64,22 @@ def _group_of(pid: int, tid: int, version: int, mount: Path) -> Path:
         if "cpu" in controllers.split(",") if version == 1 else not controllers:
             return mount / path.lstrip("/")
     raise KernelError(f"search for the cpu group of thread {tid}", errno.ENOENT)
+
+
+def names(pid: int) -> set[str]:
+    """The names of the groups that the threads of process ``pid`` are in; none where no cpu controller is mounted.
+
+    :raise KernelError: it has ended.
+    """
+    hierarchy = _hierarchy()
+    if hierarchy is None:
+        return set()
+    found = set()
+    for thread in proc.threads(pid):
+        # One that has ended meanwhile is in none.
+        with contextlib.suppress(KernelError):
+            found.add(_group_of(pid, thread.tid, *hierarchy).name)
+    return found
 
 
 class CpuGroup:
@@ -131,12 +156,16 @@ class CpuGroup:
 
         :raise KernelError: EINVAL: less than 0.01, or in version 1 more than a group above has.
         """
-        quota = None if processors is None else round(processors * PERIOD_US)
+        period = _LONGEST_US if processors is None else _period_us(processors)
+        quota = None if processors is None else round(processors * period)
         if self._version == 1:
-            _write(self.path / "cpu.cfs_period_us", str(PERIOD_US))
-            _write(self.path / "cpu.cfs_quota_us", "-1" if quota is None else str(quota))
+            # No limit in between: an old quota in a new period may be more than the group above has.
+            _write(self.path / "cpu.cfs_quota_us", "-1")
+            _write(self.path / "cpu.cfs_period_us", str(period))
+            if quota is not None:
+                _write(self.path / "cpu.cfs_quota_us", str(quota))
         else:
-            _write(self.path / "cpu.max", f"{'max' if quota is None else quota} {PERIOD_US}")
+            _write(self.path / "cpu.max", f"{'max' if quota is None else quota} {period}")
 
     def throttled(self) -> int:
         """In how many periods so far its threads wanted more than the limit."""

@@ -120,6 +120,15 @@ def start_time(pid: int) -> int:
     return int(_stat(pid, pid)[19])
 
 
+def processor_seconds(pid: int, tid: int) -> float:
+    """For how long a thread has run, to the tick of 10 ms.
+
+    :raise KernelError: it has ended.
+    """
+    user, system = _stat(pid, tid)[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def parent(pid: int) -> int:
     """The process that started process ``pid``, or adopted it.
 

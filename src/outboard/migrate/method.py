@@ -49,7 +49,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the user asked for.
 
     ``max_downtime`` in seconds, ``max_bandwidth`` in bytes/s. ``verify`` holds the VM paused at the switch-over until
-    every page has arrived and the digests of both ends agree.
+    every page has arrived and the digests of both ends agree. ``throttle`` lets the vCPUs that write be held back where
+    rounds would not end otherwise.
     """
 
     method: Method = Method.ENLIGHTENED
@@ -57,3 +58,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_downtime: float = 0.3
     max_bandwidth: int | None = None
     verify: bool = False
+    throttle: bool = True
+
+    @property
+    def throttles(self) -> bool:
+        """Whether the guest's writers may be held back, which only rounds without a post-copy after them call for."""
+        return self.throttle and self.method is Method.PRE_COPY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,18 @@ from outboard.pages import PAGE_SIZE
 
 _EVERY_S = 0.2
 _WINDOW = 10
+
+
+class Copying(Protocol):
+    """What is to be seen of :class:`outboard.migrate.rounds.Rounds`."""
+
+    @property
+    def dirty_rate(self) -> float | None:
+        """Bytes/s that the guest writes."""
+
+    @property
+    def held(self) -> str | None:
+        """Who is held back, in words."""
 
 
 class Watch:
@@ -46,7 +59,7 @@ class Watch:
         self._fraction = 0.0
         self._seen: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self.outbox: Outbox | None = None
-        self.dirty_rate: float | None = None
+        self.rounds: Copying | None = None
 
     @property
     def elapsed(self) -> float:
@@ -75,6 +88,7 @@ class Watch:
         rate = (after - before) / (now - then) if now > then else 0.0
         if total:
             self._fraction = max(self._fraction, 1 - remaining / total)
+        written, held = (None, None) if self.rounds is None else (self.rounds.dirty_rate, self.rounds.held)
         return Progress(
             migration=self._migration,
             vm=self._vm,
@@ -85,16 +99,16 @@ class Watch:
             remaining_bytes=remaining,
             sent_bytes=sent_bytes,
             rate=rate,
-            dirty_rate=self.dirty_rate,
-            eta=self._eta(remaining, rate),
-            verdict=verdict(self.dirty_rate, rate, resumes_early=self._options.method.resumes_early),
+            dirty_rate=written,
+            eta=self._eta(remaining, rate, written or 0.0),
+            verdict=held or verdict(written, rate, resumes_early=self._options.method.resumes_early),
         )
 
-    def _eta(self, remaining: int, rate: float) -> tuple[float, float] | None:
+    def _eta(self, remaining: int, rate: float, dirty_rate: float) -> tuple[float, float] | None:
         """At best the present rate holds and part of the rest is zeros; at worst the guest keeps writing."""
         if not rate:
             return None
-        written = 0.0 if self._options.method.resumes_early else self.dirty_rate or 0.0
+        written = 0.0 if self._options.method.resumes_early else dirty_rate
         if written >= 0.95 * rate:
             return None
         return 0.8 * remaining / rate, 1.2 * remaining / (rate - written)

@@ -18,6 +18,17 @@ class Round(msgspec.Struct, frozen=True):
     seconds: float
     dirty_pages: int
     """Pages written meanwhile."""
+    share: float = 1.0
+    """What its writers had of their processor time."""
+
+
+class Slowed(msgspec.Struct, frozen=True):
+    """From ``at`` on (seconds since the command) ``who`` had ``share`` of its processor time, and why."""
+
+    at: float
+    share: float
+    who: str
+    why: str
 
 
 class Progress(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.migration.progress.v1"):
@@ -83,6 +94,9 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     verified: bool | None
     """Whether the digests of both ends agreed; None unless asked for."""
     exit_code: int
+    throttle: list[Slowed] = []
+    throttle_gain: float = 1.0
+    """How much more the guest wrote when held back than the model said; the next migration of the VM begins with it."""
 
 
 def verdict(dirty_rate: float | None, rate: float, *, resumes_early: bool) -> str:

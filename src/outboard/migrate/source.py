@@ -33,10 +33,10 @@ from outboard.migrate.conversation import Conversation
 from outboard.migrate.desk import Cancel, Desk, Destination, Limit
 from outboard.migrate.hinting import Classed, Told, ask, decode_hint
 from outboard.migrate.messages import Message
-from outboard.migrate.method import EARLY_SECONDS, PAUSE_MOST_S, PAUSE_SHARE, WORTH_A_ROUND, Method, Options
+from outboard.migrate.method import EARLY_SECONDS, PAUSE_MOST_S, PAUSE_SHARE, Method, Options
 from outboard.migrate.outbox import NEVER, Outbox
 from outboard.migrate.progress import Watch
-from outboard.migrate.report import Round
+from outboard.migrate.rounds import Rounds
 from outboard.migrate.sending import Answerer, BulkSender, Done, Say, Send, decode_done, encode_order
 from outboard.migrate.states import Event, Machine, State
 from outboard.migrate.worker import Worker
@@ -52,8 +52,6 @@ from outboard.wire import tls
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind
 
-_DEVICES_S = 0.05
-"""What saving and loading the devices takes of an allowed downtime."""
 _STEP_S = 30.0
 """The longest that any one answer of the peer may take."""
 _TICK_S = 0.05
@@ -88,6 +86,7 @@ class Outgoing:
     :param directory: for the unix socket of QEMU's device state.
     :param identity: the directory of this host's TLS identity.
     :param began: when the command came, CLOCK_MONOTONIC.
+    :param throttle_gain: of the VM's migration before; see :mod:`outboard.migrate.throttle`.
 
     Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
     """
@@ -104,10 +103,11 @@ class Outgoing:
         identity: Path,
         desk: Desk,
         began: float,
+        throttle_gain: float,
     ) -> None:
         self.machine = Machine()
         self.findings = Findings()
-        self.rounds: list[Round] = []
+        self.copied: Rounds | None = None
         self.outbox = Outbox(guest.pages)
         self.outbox.limit = options.max_bandwidth
         self.migration = migration
@@ -120,6 +120,7 @@ class Outgoing:
         self._desk = desk
         self.watch = Watch(migration, guest.name, options, self.machine, desk, time.monotonic, began)
         self.watch.outbox = self.outbox
+        self._throttle_gain = throttle_gain
         self._cleanup = contextlib.ExitStack()
         self._trace: WriteTrace | None = None
         self._departure: Departure | None = None
@@ -315,22 +316,20 @@ class Outgoing:
         self._await_sent()
 
     def _copy_rounds(self) -> None:
-        """Walk all of memory, then what was written meanwhile, until that fits in the downtime or does not shrink."""
-        left = len(self.outbox.unsent())
-        while True:
+        if self._trace is None:
+            raise AssertionError("rounds need a trace")
+
+        def send(meanwhile: Callable[[], None]) -> Done:
             self._order(Send(0, self.outbox.pages, ranking.LAST, paced=False))
-            done = self._await_sent()
-            written = self._written()
-            self.outbox.again(written, ranking.UNCLASSED)
-            before, left = left, len(written)
-            self.rounds.append(Round(sent_pages=before, seconds=done.seconds, dirty_pages=left))
-            self.watch.dirty_rate = left * PAGE_SIZE / done.seconds if done.seconds else None
-            rate = done.octets / done.seconds if done.seconds else 0.0
-            if left * PAGE_SIZE <= rate * max(0.0, self.options.max_downtime - _DEVICES_S):
-                return
-            if self.options.method is Method.HYBRID and left > WORTH_A_ROUND * before:
-                return
-            self.findings.resent_pages += left
+            return self._await_sent(meanwhile)
+
+        self.copied = Rounds(
+            self.guest, self.outbox, self._trace, self.options, send, lambda: self.watch.elapsed, self._throttle_gain
+        )
+        self._cleanup.callback(self.copied.release)
+        self.watch.rounds = self.copied
+        self.copied.run()
+        self.findings.resent_pages += self.copied.resent_pages
 
     def _written(self, within: PageSet | None = None) -> PageSet:
         return PageSet(self.outbox.pages) if self._trace is None else self._trace.collect(within)
@@ -340,6 +339,9 @@ class Outgoing:
         if control is None or departure is None:
             raise AssertionError("a migration that is not prepared cannot switch over")
         self._on(Event.SWITCH)
+        if self.copied is not None:
+            # A vCPU that is held back may take a while to stop.
+            self.copied.release()
         threading.Thread(target=self._forward, args=(departure, control), name="device-state", daemon=True).start()
         departure.begin_pause()
         self.findings.stopped_at = departure.wait_paused(_STEP_S)
@@ -488,9 +490,14 @@ class Outgoing:
         if self._bulk is not None:
             self._bulk.tell(encode_order(Say(messages.encode(message))))
 
-    def _await_sent(self) -> Done:
-        """Wait until all orders are done; the sum of what they did."""
-        self._until(lambda: len(self._done) >= self._ordered, None)
+    def _await_sent(self, meanwhile: Callable[[], None] = lambda: None) -> Done:
+        """Wait until all orders are done, and do something else at each tick; the sum of what they did."""
+
+        def ready() -> bool:
+            meanwhile()
+            return len(self._done) >= self._ordered
+
+        self._until(ready, None)
         done, self._done, self._ordered = self._done, [], 0
         return Done(
             sum(one.octets for one in done), sum(one.seconds for one in done), all(one.complete for one in done)

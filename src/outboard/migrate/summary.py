@@ -20,7 +20,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
     elapsed = outgoing.watch.elapsed
     sent = outgoing.outbox.statistics()
     found = outgoing.findings
-    arrived = found.arrived
+    arrived, copied = found.arrived, outgoing.copied
     return Summary(
         migration=outgoing.migration,
         vm=outgoing.guest.name,
@@ -45,7 +45,9 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         trace=found.trace,
         attach_ms=attach_ms,
         arm_ms=found.arm_ms,
-        rounds=outgoing.rounds,
+        rounds=[] if copied is None else copied.done,
+        throttle=[] if copied is None else copied.throttle.steps,
+        throttle_gain=1.0 if copied is None else copied.throttle.gain,
         remote_faults=None if arrived is None else arrived.remote_faults,
         zero_faults=None if arrived is None else arrived.zero_faults,
         minor_faults=None if arrived is None else arrived.minor_faults,

@@ -23,7 +23,9 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter, deque
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,7 @@ from outboard.linux.pagemap import Category, Pagemap
 from outboard.linux.userfaultfd import Fault, FaultFlag, Features, Mode, available_features
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs, shifted
+from outboard.trace.writers import blocks_around, watch_writers
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest, Region
 
@@ -72,6 +75,15 @@ class WriteTrace(ABC):
     def close(self) -> None:
         """Disarm and leave the guest as it was. Idempotent."""
 
+    def writers(self, among: PageSet, seconds: float) -> Counter[int]:
+        """Which threads are met writing to some of ``among``, and how often; none where that cannot be told.
+
+        :param seconds: for how long to look at most; the pages looked at count as written.
+        :raise RefusedError, KernelError: as :func:`~outboard.trace.writers.watch_writers`.
+        """
+        del among, seconds
+        return Counter()
+
     def collect(self, within: PageSet | None = None) -> PageSet:
         """Take the pages written since the last call and trace them again.
 
@@ -102,7 +114,7 @@ class WriteTrace(ABC):
         """A frozen snapshot."""
         return WriteTraceStatistics(self.backend, self._armed_ns, self._collections, self._pages, self._collecting_ns)
 
-    def __enter__(self) -> WriteTrace:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -153,10 +165,34 @@ class PagemapTrace(_Registered):
             Features.PAGEFAULT_FLAG_WP | Features.WP_HUGETLBFS_SHMEM | Features.WP_UNPOPULATED | Features.WP_ASYNC,
         )
         self._pagemap = Pagemap(guest.pid)
+        self._owed = PageSet(guest.pages)
         began = time.monotonic_ns()
         for region in guest.regions:
             self._scan(region, region.hva, region.hva + region.pages * PAGE_SIZE, rearm=True)
         self._armed_ns = time.monotonic_ns() - began
+
+    def writers(self, among: PageSet, seconds: float) -> Counter[int]:
+        blocks = blocks_around(self._guest, among)
+        if not blocks:
+            return Counter()
+        # Opened before: while they are registered apart, the mapping is several.
+        with Guest(self._guest.name, self._guest.pid, blocks, self._guest.vcpus) as part:
+            for block in blocks:
+                self._clamp.uffd.unregister(block.hva, block.pages * PAGE_SIZE)
+            try:
+                return watch_writers(part, seconds)
+            finally:
+                for block in blocks:
+                    end = block.hva + block.pages * PAGE_SIZE
+                    self._clamp.uffd.register(block.hva, block.pages * PAGE_SIZE, Mode.WP)
+                    self._owed.add(self._scan(block, block.hva, end, rearm=True))
+                    self._owed.add(np.array([[block.first, block.pages]], dtype=np.int64))
+
+    def _walk(self, within: PageSet | None, *, rearm: bool) -> PageSet:
+        written = super()._walk(within, rearm=rearm) | self._owed
+        if rearm:
+            self._owed = PageSet(self._guest.pages)
+        return written
 
     def _scan(self, region: Region, start: int, end: int, *, rearm: bool) -> Runs:
         ranges = self._pagemap.scan(
@@ -175,7 +211,10 @@ class MessageTrace(_Registered):
     backend = "messages"
 
     def __init__(self, guest: Guest) -> None:
-        super().__init__(guest, Features.PAGEFAULT_FLAG_WP | Features.WP_HUGETLBFS_SHMEM)
+        super().__init__(guest, Features.PAGEFAULT_FLAG_WP | Features.WP_HUGETLBFS_SHMEM | Features.THREAD_ID)
+        self.delay_s = 0.0
+        """How much longer each first write to a page waits, which slows down whoever writes and nobody else."""
+        self._writers: Counter[int] = Counter()
         self._written: NDArray[np.bool_] = np.zeros(guest.pages, dtype=np.bool_)
         # A page is noted and unprotected, or taken and protected, never half of each.
         self._taking = threading.Lock()
@@ -195,20 +234,35 @@ class MessageTrace(_Registered):
         uffd = self._clamp.uffd
         poll = select.poll()
         poll.register(uffd.fileno(), select.POLLIN)
+        # Those that wait longer, in the order in which they came.
+        waiting: deque[tuple[float, int]] = deque()
         while not self._ending.is_set():
-            if not poll.poll(50):
-                continue
-            for message in uffd.read():
-                if not isinstance(message, Fault) or not message.flags & FaultFlag.WP:
-                    continue
-                address = message.address
-                for region in self._guest.regions:
-                    if region.hva <= address < region.hva + region.pages * PAGE_SIZE:
-                        per = region.page_size // PAGE_SIZE
-                        first = region.first + (address - region.hva) // region.page_size * per
-                        with self._taking:
-                            self._written[first : first + per] = True
-                            self._protect(region, first, per, protect=False)
+            patience = min(50.0, max(0.0, waiting[0][0] - time.monotonic()) * 1000) if waiting else 50.0
+            # In milliseconds, whole ones: the rest is slept.
+            if poll.poll(int(patience)):
+                for message in uffd.read():
+                    if isinstance(message, Fault) and message.flags & FaultFlag.WP:
+                        self._writers[message.thread] += 1
+                        waiting.append((time.monotonic() + self.delay_s, message.address))
+            elif 0 < patience < 1:
+                time.sleep(patience / 1000)
+            while waiting and (waiting[0][0] <= time.monotonic() or not self.delay_s):
+                self._note(waiting.popleft()[1])
+
+    def _note(self, address: int) -> None:
+        """A page is written to: let it be."""
+        for region in self._guest.regions:
+            if region.hva <= address < region.hva + region.pages * PAGE_SIZE:
+                per = region.page_size // PAGE_SIZE
+                first = region.first + (address - region.hva) // region.page_size * per
+                with self._taking:
+                    self._written[first : first + per] = True
+                    self._protect(region, first, per, protect=False)
+
+    def writers(self, among: PageSet, seconds: float) -> Counter[int]:
+        """As they were met since the trace was armed: every first write tells of its thread."""
+        del among, seconds
+        return self._writers.copy()
 
     def _scan(self, region: Region, start: int, end: int, *, rearm: bool) -> Runs:
         first = region.first + (start - region.hva) // PAGE_SIZE
