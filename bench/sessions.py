@@ -28,13 +28,20 @@ def best_of(document: Document, figure: str, names: Iterable[str]) -> tuple[str,
 
 
 def against(
-    document: Document, name: str, figure: str, peer: str | Iterable[str], bar: float, unit: str, scale: float = 1.0
+    document: Document,
+    name: str,
+    figure: str,
+    peer: str | Iterable[str],
+    bar: float,
+    unit: str,
+    scale: float = 1.0,
+    our_arm: str = OURS,
 ) -> Claim:
     """Our figure by a peer arm's, or by the best of several.
 
     :param scale: from the figure's unit to the one shown.
     """
-    ours = arm_of(document, OURS)
+    ours = arm_of(document, our_arm)
     best = best_of(document, figure, [peer] if isinstance(peer, str) else peer)
     value = None if ours is None else getattr(ours, figure)
     spread = None if ours is None else ours.spread.get(figure)

@@ -1,8 +1,9 @@
 """Draws the states of a migration from their table: `python -m docs.states_diagram` writes docs/states.svg.
 
-The chain of states from NEW by whatever is neither CANCEL nor FAIL runs down the middle; where those two lead stands
-beside it, as a tall box that an arrow from each of its sources reaches straight. Bands behind the states say where the
-VM is safe. A table that has another shape is refused: the picture would be wrong.
+The chain of states from NEW by what happens when all goes well runs down the middle; where CANCEL and FAIL lead stands
+beside it, as a tall box that an arrow from each of its sources reaches straight. BREAK leads to the left, from where
+RECOVERED leads back and FAIL on to the right, below the chain; REFUSED leads up to what FAIL leads to there. Bands
+behind the states say where the VM is safe. A table that has another shape is refused: the picture would be wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from outboard.migrate.states import SAFE_AT, TRANSITIONS, Event, State, Where
 
 OUTPUT = Path(__file__).with_name("states.svg")
 
+_ASIDE = (Event.CANCEL, Event.FAIL, Event.BREAK, Event.RECOVERED, Event.REFUSED)
 _ROW = 78
+_BELOW = 15
+"""How far a box with a way below the chain reaches down."""
 _BOX_WIDTH, _BOX_HEIGHT = 150, 38
 _WIDTH, _TOP = 930, 20
 _MIDDLE, _LEFT, _RIGHT = 390, 110, 670
@@ -33,16 +37,14 @@ _STYLE = (
 
 
 def main_line() -> list[State]:
-    """The states from NEW on, by whatever is neither CANCEL nor FAIL.
+    """The states from NEW on, as long as all goes well.
 
     :raise ValueError: the table forks, or turns back.
     """
     line = [State.NEW]
     while True:
         onward = [
-            target
-            for (source, event), target in TRANSITIONS.items()
-            if source is line[-1] and event not in (Event.CANCEL, Event.FAIL)
+            target for (source, event), target in TRANSITIONS.items() if source is line[-1] and event not in _ASIDE
         ]
         if not onward:
             return line
@@ -99,6 +101,34 @@ def _bands(line: list[State]) -> list[str]:
     return parts
 
 
+def _detour(line: list[State]) -> list[str]:
+    """BREAK from the chain to the left, RECOVERED back, and FAIL from there on to the right."""
+    parts = []
+    half = _BOX_WIDTH // 2
+    for target, (row, *_) in sides(line, Event.BREAK).items():
+        y = _middle_of(row)
+        parts.append(_box(_LEFT, y - 19, y + 19 + _BELOW, target))
+        near, far, middle = _MIDDLE - half, _LEFT + half, (_LEFT + _MIDDLE) // 2
+        parts.append(_way(near, y - 8, far + 3, y - 8, Event.BREAK, (middle, y - 13), "middle"))
+        if TRANSITIONS.get((target, Event.RECOVERED)) is line[row]:
+            parts.append(_way(far, y + 8, near - 3, y + 8, Event.RECOVERED, (middle, y + 22), "middle"))
+        if TRANSITIONS.get((target, Event.FAIL)) is TRANSITIONS[line[row], Event.FAIL]:
+            below = y + 19 + _BELOW - 7
+            parts.append(_way(far, below, _RIGHT - half - 3, below, Event.FAIL, (_RIGHT - half - 40, below - 4), "end"))
+    return parts
+
+
+def _refusal(line: list[State]) -> list[str]:
+    """REFUSED from the chain up to what FAIL leads to from the state before."""
+    parts = []
+    for target, (row, *_) in sides(line, Event.REFUSED).items():
+        if target is TRANSITIONS[line[row - 1], Event.FAIL]:
+            start, end = (_MIDDLE + 40, _middle_of(row) - 19), (_RIGHT - 40, _middle_of(row - 1) + 19 + 3)
+            label = ((start[0] + end[0]) // 2 - 12, (start[1] + end[1]) // 2 - 6)
+            parts.append(_way(*start, *end, Event.REFUSED, label, "end"))
+    return parts
+
+
 def draw() -> str:
     """The diagram as SVG.
 
@@ -123,12 +153,17 @@ def draw() -> str:
         for target, rows in sides(line, event).items():
             if SAFE_AT[target] is not SAFE_AT[line[rows[0]]]:
                 raise ValueError(f"{target.name} would stand in the band of {line[rows[0]].name}")
-            parts.append(_box(column, _middle_of(rows[0]) - 19, _middle_of(rows[-1]) + 19, target))
+            detour = any(source not in line for (source, by), to in TRANSITIONS.items() if (by, to) == (event, target))
+            below = _BELOW if detour else 0
+            parts.append(_box(column, _middle_of(rows[0]) - 19, _middle_of(rows[-1]) + 19 + below, target))
             for row in rows:
                 y = _middle_of(row)
                 start, end = _MIDDLE + toward * half, column - toward * (half + 3)
                 parts.append(_way(start, y, end, y, event, ((start + end) // 2, y - 5), "middle"))
                 drawn += 1
+    for way in (*_detour(line), *_refusal(line)):
+        parts.append(way)
+        drawn += way.count("<line")
     if drawn != len(TRANSITIONS):
         raise ValueError(f"{len(TRANSITIONS)} transitions, {drawn} of them drawn")
     height = _TOP * 2 + _ROW * len(line)

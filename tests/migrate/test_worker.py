@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from outboard.errors import OutboardError, UnreachableError
+from outboard.errors import NotFoundError, UnreachableError
 from outboard.linux import pidfd
 from outboard.migrate.worker import Worker
 
@@ -16,7 +16,7 @@ from outboard.migrate.worker import Worker
 def echo(link: socket.socket) -> None:
     while order := link.recv(100):
         if order == b"fail":
-            raise OutboardError("told to fail")
+            raise NotFoundError("told to fail")
         link.send(order)
 
 
@@ -33,7 +33,7 @@ def test_orders_and_reports() -> None:
 def test_a_failure_is_told_in_its_own_words() -> None:
     worker = Worker("test-echo", echo)
     worker.tell(b"fail")
-    with pytest.raises(UnreachableError, match="told to fail"):
+    with pytest.raises(NotFoundError, match="told to fail"):
         worker.hear(5)
     worker.join()
 

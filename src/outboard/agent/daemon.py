@@ -29,11 +29,22 @@ from starlette.routing import Route
 
 from outboard.agent import service
 from outboard.agent.config import AgentConfig, socket_path, state_dir
-from outboard.agent.engine import Depart, Ended, Manage, Ready, Receive, Refused, run_engine
+from outboard.agent.engine import REOPENED, Depart, Ended, Manage, Ready, Receive, Refused, run_engine
 from outboard.agent.history import History
 from outboard.agent.migrations import Migrations, Running
 from outboard.agent.supervisor import Supervisor
-from outboard.errors import NotAuthorisedError, OutboardError, RefusedError, UnreachableError, UsageError, error_of
+from outboard.agent.verdicts import Verdicts
+from outboard.errors import (
+    NeedsRecoveryError,
+    NotAuthorisedError,
+    NotFoundError,
+    OutboardError,
+    PeerError,
+    RefusedError,
+    UnreachableError,
+    UsageError,
+    error_of,
+)
 from outboard.linux import sched
 from outboard.migrate import messages
 from outboard.migrate.method import Options
@@ -77,6 +88,7 @@ class Agent:
         self._registry = registry
         self._migrations = Migrations()
         self._history = History(state_dir() / "history.db")
+        self._verdicts = Verdicts(state_dir() / "incoming")
         self._engines = multiprocessing.get_context("forkserver")
         self._engines.set_forkserver_preload(["outboard.agent.engine", "click"])
         self._supervisor = Supervisor(self._start_engine, registry, state_dir() / "swap")
@@ -153,8 +165,14 @@ class Agent:
         """Answer one call on the peer port; in a thread of its own."""
         with contextlib.closing(channel):
             try:
-                prepare = messages.expect(channel.receive(_PREPARE_S).payload, messages.Prepare)
-                channel.send_message(messages.encode(self._prepare(prepare, channel.peer_name)))
+                match messages.decode(channel.receive(_PREPARE_S).payload):
+                    case messages.Prepare() as prepare:
+                        answer: messages.Message = self._prepare(prepare, channel.peer_name)
+                    case messages.Recover(migration):
+                        answer = self._recover(migration, channel.peer_name)
+                    case other:
+                        raise PeerError(f"a call that begins with {type(other).__name__}")
+                channel.send_message(messages.encode(answer))
             except OutboardError as error:
                 log.warning("refused a peer", peer=channel.peer_name, why=str(error))
                 with contextlib.suppress(OutboardError, OSError):
@@ -165,9 +183,16 @@ class Agent:
             raise NotAuthorisedError(
                 f"{self._config.name} takes no VM from {source}: its agent.toml does not name it under [hosts]"
             )
+        self._verdicts.expect(prepare.migration, source, prepare.vm)
         log.info("a VM is coming", migration=prepare.migration, vm=prepare.vm, source=source)
         pipe = self._start_engine(
-            Receive(source=source, listen=self._config.listen, ports=self._config.migration_ports, prepare=prepare)
+            Receive(
+                source=source,
+                listen=self._config.listen,
+                ports=self._config.migration_ports,
+                prepare=prepare,
+                verdicts=os.fspath(self._verdicts.directory),
+            )
         )
         if not pipe.poll(_PREPARE_S):
             pipe.close()
@@ -178,6 +203,34 @@ class Agent:
             raise error_of(answer.exit_code, answer.why)
         threading.Thread(target=self._await_end, args=(prepare, pipe), daemon=True).start()
         return messages.Prepared(port=answer.port, tokens=answer.tokens)
+
+    def _recover(self, migration: str, source: str) -> messages.Message:
+        """The source has lost touch with the engine: where it may call again, or that there is nobody to call.
+
+        :raise NotAuthorisedError: that migration is not this source's.
+        :raise UnreachableError: the engine is not ready yet.
+        :raise NeedsRecoveryError: the VM came here, and has ended.
+        """
+        vm = self._verdicts.coming(migration, source)
+        if (arrived := self._verdicts.arrived(migration)) is not None:
+            return messages.decode(arrived)
+        if self._verdicts.refuse(migration):
+            log.warning("swore a migration off", migration=migration, vm=vm, source=source)
+            return messages.Refused()
+        try:
+            record = self._registry.get(vm)
+        except NotFoundError as error:
+            raise NeedsRecoveryError(f"{vm} came to {self._config.name}, and has ended there") from error
+        if not record.alive:
+            raise NeedsRecoveryError(f"{vm} came to {self._config.name}, and its QEMU has ended there")
+        try:
+            told = (record.directory / REOPENED).read_bytes()
+        except FileNotFoundError as error:
+            raise UnreachableError(
+                f"the engine of {vm} at {self._config.name} is not ready for another call"
+            ) from error
+        log.info("the source calls again", migration=migration, vm=vm, source=source)
+        return messages.expect(told, messages.Prepared)
 
     def _await_end(self, prepare: messages.Prepare, pipe: Connection) -> None:
         try:

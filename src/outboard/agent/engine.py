@@ -18,7 +18,8 @@ from pathlib import Path
 import msgspec
 
 from outboard.agent.manager import Manager
-from outboard.errors import OutboardError
+from outboard.agent.verdicts import Verdicts
+from outboard.errors import OutboardError, UnreachableError
 from outboard.linux import prctl, sched
 from outboard.migrate import messages
 from outboard.migrate.admission import Admission
@@ -34,8 +35,12 @@ from outboard.vmm.attach import attach
 from outboard.vmm.launch import launch, stop
 from outboard.vmm.registry import Registry
 from outboard.vmm.spec import parse_spec
+from outboard.wire.channel import Channel
 from outboard.wire.tls import Listener
 from outboard.wire.token import TokenBook
+
+REOPENED = "reopened.json"
+"""In the directory of a VM that has come and whose streams broke off: a Prepared, for the source to call again."""
 
 
 class Depart(msgspec.Struct, frozen=True, tag="depart"):
@@ -57,6 +62,7 @@ class Receive(msgspec.Struct, frozen=True, tag="receive"):
     listen: str
     ports: tuple[int, int]
     prepare: Prepare
+    verdicts: str
 
 
 class Manage(msgspec.Struct, frozen=True, tag="manage"):
@@ -186,7 +192,7 @@ def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) 
     with contextlib.ExitStack() as until_end, Admission(work.prepare, work.source, listener, tokens) as admission:
         desk.report(Ready(port=listener.port, tokens={role: tokens.issue(role) for role in messages.ROLES}))
         try:
-            incoming = _bring_up(work, registry, until_end)
+            incoming = _bring_up(work, registry, until_end, identity)
         except OutboardError as error:
             admission.refuse(error)
             raise
@@ -196,7 +202,32 @@ def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) 
     desk.report(Ended(why=None))
 
 
-def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack) -> Incoming:
+def _reopen(work: Receive, directory: Path, identity: Path) -> dict[str, Channel]:
+    """Wait until the source calls again, and let its streams in.
+
+    Where to call, and with which tokens, lies in the VM's directory for the agent to tell.
+    """
+    place, draft = directory / REOPENED, directory / f"{REOPENED}.new"
+    tokens = TokenBook(time.monotonic)
+    with (
+        Listener(work.listen, work.ports, identity) as listener,
+        Admission(work.prepare, work.source, listener, tokens) as admission,
+    ):
+        while True:
+            issued = {role: tokens.issue(role) for role in messages.ROLES}
+            draft.touch(mode=0o600)
+            draft.write_bytes(messages.encode(messages.Prepared(port=listener.port, tokens=issued)))
+            draft.rename(place)
+            try:
+                return admission.streams()
+            except UnreachableError:
+                # Tokens do not live for ever.
+                continue
+            finally:
+                place.unlink(missing_ok=True)
+
+
+def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack, identity: Path) -> Incoming:
     """Start the QEMU and clamp on to it; ``until_end`` lets go of it, and ends it unless the VM has become ours."""
     prepare = work.prepare
     record = launch(parse_spec(prepare.spec, f"the spec of {prepare.vm}"), registry, incoming=True)
@@ -209,5 +240,14 @@ def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack
     until_end.callback(end)
     guest = attach(qmp=record.engine_socket, name=prepare.vm, agent_path=record.agent_socket)
     until_end.enter_context(guest)
-    incoming = Incoming(prepare, guest, source=work.source, directory=record.directory)
+    verdicts = Verdicts(Path(work.verdicts))
+    incoming = Incoming(
+        prepare,
+        guest,
+        source=work.source,
+        directory=record.directory,
+        commit=lambda: verdicts.commit(prepare.migration),
+        note_arrived=lambda message: verdicts.note_arrived(prepare.migration, message),
+        reopen=lambda: _reopen(work, record.directory, identity),
+    )
     return incoming

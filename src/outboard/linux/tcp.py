@@ -96,6 +96,16 @@ def tcp_info(connection: socket.socket) -> TcpInfo:
     )
 
 
+def give_up_silence(connection: socket.socket, seconds: int) -> None:
+    """End a connection whose other end has acknowledged nothing for so long (ETIMEDOUT), also one on which nothing is
+    sent. Source: tcp(7), TCP_USER_TIMEOUT, TCP_KEEPIDLE."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, seconds // 2))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, seconds // 4))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+
+
 def set_pacing_rate(connection: socket.socket, rate: float | None) -> None:
     """Send no faster than ``rate`` bytes/s, evenly; None is as fast as it goes. Works without the fq qdisc."""
     value = _UNPACED if rate is None else max(1, int(rate))

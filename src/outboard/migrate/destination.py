@@ -64,37 +64,50 @@ class Incoming:
     :param guest: attached; its QEMU was started with ``-incoming defer`` for this migration alone.
     :param source: the host that it comes from.
     :param directory: for the unix socket of QEMU's device state.
+    :param commit: called once, before the VM runs: whether it may be ours.
+    :param note_arrived: keeps the message that no page is missing, for a source that does not hear it.
+    :param reopen: waits for the source to call again, and lets its streams in.
 
     Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
     """
 
-    def __init__(self, prepare: Prepare, guest: QemuGuest, *, source: str, directory: Path) -> None:
+    def __init__(
+        self,
+        prepare: Prepare,
+        guest: QemuGuest,
+        *,
+        source: str,
+        directory: Path,
+        commit: Callable[[], bool],
+        note_arrived: Callable[[bytes], None],
+        reopen: Callable[[], dict[str, Channel]],
+    ) -> None:
         check_layout(guest, prepare)
         self.committed = False
         self._guest = guest
         self._source = source
-        self._directory = directory
+        self._commit, self._note_arrived, self._reopen = commit, note_arrived, reopen
         self._memory = ArrivingMemory(guest)
         self._counters = FaultCounters()
-        self._cleanup = contextlib.ExitStack()
-        self._sets = {name: PageSet(guest.pages) for name in (messages.FORGET, messages.LIVE)}
+        self._arrival = Arrival(guest, directory)
+        self._faults: Worker | None = None
+        self._sets: dict[int, PageSet] = {}
         self._live: PageSet | None = None
         self._all_sent = False
         self._passed = 0
         self._mapped_before_resume = 0
 
     def run(self, streams: dict[str, Channel]) -> None:
-        """Take the VM in.
+        """Take the VM in. Once it is ours, streams that break off are waited for, however long.
 
         :param streams: as :class:`~outboard.migrate.admission.Admission` let them in. Taken over.
         :raise OutboardError: it did not work. ``committed`` says whether the VM is ours: if so it waits for what
             is missing, if not it runs at the source and this QEMU must be ended.
         """
-        with self._cleanup:
-            for channel in streams.values():
-                self._cleanup.callback(channel.close)
+        with contextlib.closing(self._arrival):
             try:
-                self._serve(streams)
+                while not self._session(streams):
+                    streams = self._reopen()
             except OutboardError as error:
                 if self.committed:
                     raise NeedsRecoveryError(
@@ -102,40 +115,63 @@ class Incoming:
                         f"are still at {self._source}: {error}"
                     ) from error
                 raise
+            finally:
+                if self._faults is not None:
+                    self._faults.end()
 
-    def _serve(self, streams: dict[str, Channel]) -> None:
+    def _session(self, streams: dict[str, Channel]) -> bool:
+        """Serve until no page is missing, or, once the VM is ours, until the streams break off; whether it is whole."""
+        with contextlib.ExitStack() as session:
+            for channel in streams.values():
+                session.callback(channel.close)
+            try:
+                self._serve(streams, session)
+            except UnreachableError:
+                if self.committed and pidfd.alive(self._guest.pid):
+                    return False
+                raise
+        return True
+
+    def _serve(self, streams: dict[str, Channel], session: contextlib.ExitStack) -> None:
         def serve_faults(link: socket.socket) -> None:
             PeerFaultServer(self._memory, PeerStore(streams["urgent"]), self._counters, link).serve()
 
-        faults = Worker("outboard-faults", serve_faults, urgent=True)
-        self._cleanup.callback(faults.end)
+        if self._faults is not None:
+            # So far it has answered what needs no peer.
+            self._faults.end()
+        faults = self._faults = Worker("outboard-faults", serve_faults, urgent=True)
 
         def receive_bulk(link: socket.socket) -> None:
             BulkReceiver(self._memory, streams["bulk"], faults.link, link).serve()
 
         bulk = Worker("outboard-place", receive_bulk)
-        self._cleanup.callback(bulk.end)
-        arrival = Arrival(self._guest, self._directory)
-        self._cleanup.callback(arrival.close)
+        session.callback(bulk.end)
         control = Conversation(streams["control"])
         # On this stream alone: the others belong to the workers from the fork on.
         control.send(messages.Welcome())
+        self._sets = {name: PageSet(self._guest.pages) for name in (messages.FORGET, messages.LIVE)}
+        self._live, self._all_sent, self._passed = None, False, 0
+        if self.committed:
+            here = PageSet.from_mask(self._memory.residency.where != Where.PEER)
+            control.send_pages(messages.HAVE, here, messages.Have())
+            faults.tell(b"open")
+            self._memory.wake_all()
         try:
             # QEMU's main loop loads the devices, and the guest stands still meanwhile.
             with sched.favoured([self._guest.emulator_thread()]):
-                self._attend(control, faults, bulk, arrival)
+                self._attend(control, faults, bulk, session)
             self._settle(control, faults)
         except OutboardError as error:
             with contextlib.suppress(OutboardError):
                 control.send(messages.Failed(why=str(error), exit_code=error.exit_code))
             raise
 
-    def _attend(self, control: Conversation, faults: Worker, bulk: Worker, arrival: Arrival) -> None:
+    def _attend(self, control: Conversation, faults: Worker, bulk: Worker, session: contextlib.ExitStack) -> None:
         """Do what the source says until no page is missing."""
 
         def take_frames() -> None:
             while True:
-                self._take(control.receive(_STEP_S), control, faults, arrival, hear_bulk)
+                self._take(control.receive(_STEP_S), control, faults, hear_bulk)
                 if not control.channel.pending():
                     return
 
@@ -158,7 +194,7 @@ class Incoming:
             raise OutboardError(f"QEMU of {self._guest.name}, process {self._guest.pid}, has ended at the destination")
 
         vmm = pidfd.open(self._guest.pid)
-        self._cleanup.callback(pidfd.close, vmm)
+        session.callback(pidfd.close, vmm)
         speakers: dict[int, Callable[[], object]] = {
             vmm: mourn,
             control.channel.fileno(): take_frames,
@@ -183,14 +219,13 @@ class Incoming:
         frame: Frame,
         control: Conversation,
         faults: Worker,
-        arrival: Arrival,
         hear_bulk: Callable[[float], None],
     ) -> None:
         if frame.kind is Kind.STREAM:
             if len(frame.payload):
-                arrival.feed(frame.payload)
+                self._arrival.feed(frame.payload)
             else:
-                arrival.finish(_STEP_S)
+                self._arrival.finish(_STEP_S)
                 control.send(messages.Loaded())
             return
         if frame.kind is Kind.PAGESET:
@@ -213,7 +248,7 @@ class Incoming:
             case messages.Digests():
                 self._send_digests(control)
             case messages.Commit():
-                self._run(control, arrival)
+                self._run(control)
             case other:
                 raise PeerError(f"a {type(other).__name__} message on the control stream")
 
@@ -224,13 +259,18 @@ class Incoming:
         at = part.first // 8
         pages.bits()[at : at + part.bits.size] = part.bits
 
-    def _run(self, control: Conversation, arrival: Arrival) -> None:
+    def _run(self, control: Conversation) -> None:
         self._mapped_before_resume = self._memory.residency.count(Where.RESIDENT)
         self._memory.run()
+        if not self._commit():
+            raise OutboardError(f"{self._source} has taken {self._guest.name} back: its commit came too late")
         self.committed = True
-        arrival.resume(_STEP_S)
-        control.send(messages.Resumed())
-        arrival.announce()
+        self._arrival.resume(_STEP_S)
+        try:
+            control.send(messages.Resumed())
+        finally:
+            # The guest runs, whether or not the source is there to hear of it.
+            self._arrival.announce()
 
     def _send_digests(self, control: Conversation) -> None:
         """Digest what has arrived, once all has: the guest stands still."""
@@ -262,7 +302,10 @@ class Incoming:
             fault_p99_us=served.latencies.percentile_us(0.99),
             mapped_before_resume=self._mapped_before_resume,
         )
-        control.send(arrived)
+        self._note_arrived(messages.encode(arrived))
+        # A source that does not hear it asks the agent.
+        with contextlib.suppress(UnreachableError):
+            control.send(arrived)
         # Whoever closes first is believed to have broken off: let it be the source, when it has read this.
         with contextlib.suppress(UnreachableError):
             control.receive(_STEP_S)

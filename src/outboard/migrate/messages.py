@@ -79,6 +79,20 @@ class Commit(Message, frozen=True, tag="commit"):
     """The source gives the VM away and will not run it again."""
 
 
+class Recover(Message, frozen=True, tag="recover"):
+    """To the destination's agent: the streams of a migration that was committed broke off; open new ones."""
+
+    migration: str
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """Its agent's answer: the commit never arrived, and nobody here will ever take it. The VM is the source's."""
+
+
+class Have(Message, frozen=True, tag="have"):
+    """On the new control stream: the set of pages that are here has been sent (as PAGESET frames)."""
+
+
 class Resumed(Message, frozen=True, tag="resumed"):
     """The VM runs at the destination."""
 
@@ -137,6 +151,9 @@ AnyMessage = (
     | Digests
     | Loaded
     | Commit
+    | Recover
+    | Refused
+    | Have
     | Resumed
     | Arrived
     | Failed
@@ -145,7 +162,7 @@ AnyMessage = (
 ROLES = ("control", "bulk", "urgent")
 """The streams of a migration. Only the urgent one must never wait behind another's data."""
 
-FORGET, LIVE = 1, 2
+FORGET, LIVE, HAVE = 1, 2, 3
 """Names of page sets in PAGESET frames."""
 
 _encoder = msgspec.json.Encoder()

@@ -60,6 +60,8 @@ class Watch:
         self._seen: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self.outbox: Outbox | None = None
         self.rounds: Copying | None = None
+        self.broken: str | None = None
+        """Why the streams broke off, while they are being opened again."""
 
     @property
     def elapsed(self) -> float:
@@ -101,7 +103,7 @@ class Watch:
             rate=rate,
             dirty_rate=written,
             eta=self._eta(remaining, rate, written or 0.0),
-            verdict=held or verdict(written, rate, resumes_early=self._options.method.resumes_early),
+            verdict=self.broken or held or verdict(written, rate, resumes_early=self._options.method.resumes_early),
         )
 
     def _eta(self, remaining: int, rate: float, dirty_rate: float) -> tuple[float, float] | None:

@@ -55,6 +55,9 @@ from outboard.wire.frames import Kind
 _STEP_S = 30.0
 """The longest that any one answer of the peer may take."""
 _TICK_S = 0.05
+_RETRY_S, _RETRY_MOST_S = 0.2, 5.0
+"""Between two calls to a destination that does not answer: at first, and at most."""
+_CALL_S = 5.0
 _DIGEST_PAGES = 256
 _UNPACED = 100e6
 """Bytes/s that a link of unknown rate is taken to carry."""
@@ -151,7 +154,7 @@ class Outgoing:
             # The guest stands still as long as QEMU's main loop and the thread it starts for this take.
             with sched.favoured([self.guest.emulator_thread()]):
                 self._switch()
-            self._finish()
+            self._deliver()
         except BaseException as error:
             begun = self.machine.state not in (State.NEW, State.PREPARING)
             self._give_up(error)
@@ -166,7 +169,7 @@ class Outgoing:
             raise
         finally:
             if self._control is not None:
-                self.findings.control_bytes = self._control.channel.bytes_sent
+                self.findings.control_bytes += self._control.channel.bytes_sent
             self._cleanup.close()
 
     def _on(self, event: Event) -> None:
@@ -348,7 +351,7 @@ class Outgoing:
         self._settle_stale(control)
         if self.options.verify:
             self._await_message(messages.Settled)
-            self._send_rest(control)
+            self._send_rest()
             self._verify(control)
         departure.save()
         departure.wait_saved(_STEP_S)
@@ -359,13 +362,130 @@ class Outgoing:
         if self._cancelled:
             raise CancelledError("cancelled at the switch-over; the VM runs at the source")
         self._on(Event.COMMIT)
-        control.send(messages.Commit())
+        # Whatever comes instead of an answer, also that the other engine gives up: the delivery finds out what it means.
+        with contextlib.suppress(OutboardError):
+            control.send(messages.Commit())
+            self._await_resumed()
+
+    def _await_resumed(self) -> None:
         self._await_message(messages.Resumed)
-        self.findings.blackout_ms = (time.time() - self.findings.stopped_at) * 1e3
+        self._resumed()
+
+    def _resumed(self) -> None:
+        if self.findings.stopped_at is not None:
+            self.findings.blackout_ms = (time.time() - self.findings.stopped_at) * 1e3
         self.findings.resume_s = self.watch.elapsed
         self._on(Event.RESUMED)
-        if not self.options.verify:
-            self._send_rest(control)
+
+    def _deliver(self) -> None:
+        """Send what is still here, however often the streams break off, until the destination has all of it."""
+        sent = self.options.verify
+        while True:
+            try:
+                if self.machine.state is State.COMMITTED:
+                    self._await_resumed()
+                if not sent:
+                    self._send_rest()
+                self._arrived(self._await_message(messages.Arrived, timeout=None))
+            except UnreachableError as error:
+                if not self._recover(error):
+                    sent = False
+                    continue
+            return
+
+    def _recover(self, why: UnreachableError) -> bool:
+        """Call again until somebody answers; whether that was to say that everything has arrived.
+
+        :raise OutboardError: the destination has sworn the VM off, which then is ours again; or it has ended there.
+        """
+        if self.machine.state is State.POSTCOPY:
+            self._on(Event.BREAK)
+        self._hang_up()
+        self.watch.broken = str(why)
+        delay = _RETRY_S
+        while True:
+            with contextlib.suppress(UnreachableError):
+                if self._call_again():
+                    return True
+                self.watch.broken = None
+                return False
+            self._until_moment(delay)
+            delay = min(2 * delay, _RETRY_MOST_S)
+
+    def _call_again(self) -> bool:
+        target = self.destination
+        with tls.connect(target.address, target.port, self._identity, target.name, _CALL_S) as agent:
+            agent.send_message(messages.encode(messages.Recover(migration=self.migration)))
+            answer = messages.decode(agent.receive(_STEP_S).payload)
+        match answer:
+            case messages.Prepared():
+                self._take_up(self._open_streams(answer))
+                return False
+            case messages.Arrived():
+                if self.machine.state is State.COMMITTED:
+                    self._resumed()
+                if self.machine.state is State.RECOVERING:
+                    self._on(Event.RECOVERED)
+                self._arrived(answer)
+                return True
+            case messages.Refused() if self.machine.state is State.COMMITTED:
+                self._undo()
+                self._on(Event.REFUSED)
+                raise OutboardError(
+                    f"{target.name} never heard that {self.guest.name} was given to it, and has sworn it off; the VM "
+                    "goes on at the source"
+                )
+        raise PeerError(f"{target.name} answered {type(answer).__name__} to a call for {self.migration}")
+
+    def _take_up(self, streams: dict[str, Channel]) -> None:
+        """Go on where the destination is."""
+        try:
+            messages.expect(streams["control"].receive(_STEP_S).payload, messages.Welcome)
+            have = self._receive_have(streams["control"])
+        except OutboardError:
+            for channel in streams.values():
+                channel.close()
+            raise
+        self._streams = streams
+        self.outbox.sent[:] = have.mask()
+        self._answerer = self._worker("outboard-answer", streams["urgent"], urgent=True)
+        self._bulk = self._worker("outboard-bulk", streams["bulk"], urgent=False)
+        self._control = Conversation(streams["control"])
+        if self.machine.state is State.COMMITTED:
+            self._resumed()
+        else:
+            self._on(Event.RECOVERED)
+
+    def _receive_have(self, control: Channel) -> PageSet:
+        have = PageSet(self.outbox.pages)
+        while True:
+            frame = control.receive(_STEP_S)
+            if frame.kind is not Kind.PAGESET:
+                messages.expect(frame.payload, messages.Have)
+                return have
+            part = control.pageset(frame)
+            if part.name != messages.HAVE:
+                raise PeerError(f"a page set named {part.name} came where none is due")
+            have.bits()[part.first // 8 :][: part.bits.size] = part.bits
+
+    def _hang_up(self) -> None:
+        """End the senders and close the streams; nothing that they had promised holds any more."""
+        if self._control is not None:
+            self.findings.control_bytes += self._control.channel.bytes_sent
+        for worker in (self._bulk, self._answerer):
+            if worker is not None:
+                worker.end()
+        for channel in self._streams.values():
+            channel.close()
+        self._bulk = self._answerer = self._control = self._agent = None
+        self._streams = {}
+        self._inbox, self._done, self._ordered = [], [], 0
+        self._barriers = self._passed = 0
+
+    def _until_moment(self, seconds: float) -> None:
+        """Hear orders, and whether QEMU ends, for a while."""
+        over = time.monotonic() + seconds
+        self._until(lambda: time.monotonic() >= over, None)
 
     def _forward(self, departure: Departure, control: Conversation) -> None:
         # When the peer or the VMM ends meanwhile, the main thread hears of it by its own streams.
@@ -412,8 +532,11 @@ class Outgoing:
             self.findings.resent_pages += len(late)
             control.send_pages(messages.FORGET, late, messages.Forget())
 
-    def _send_rest(self, control: Conversation) -> None:
+    def _send_rest(self) -> None:
         """Everything that is still to come, and which pages those are; all others read as zeros."""
+        control = self._control
+        if control is None:
+            raise AssertionError("nobody is there to be sent anything")
         self._order(Send(0, self.outbox.pages, ranking.LAST, paced=True))
         if self._trace is None:
             ranking.revive(self.outbox, self.guest.memory.populated())
@@ -448,8 +571,8 @@ class Outgoing:
                 f"page {different[0]}; the VM goes on at the source"
             )
 
-    def _finish(self) -> None:
-        self.findings.arrived = self._await_message(messages.Arrived, timeout=None)
+    def _arrived(self, message: messages.Arrived) -> None:
+        self.findings.arrived = message
         self._on(Event.ARRIVED)
         # The VM is whole over there: what is left here is memory to give back.
         qemu_process.end(self._vmm)

@@ -6,6 +6,9 @@ source's last word ("I shall not run it again"), sent when the destination has r
 From then on only the destination may run it, and what has not arrived is still whole in the source's memory, which
 stays until the destination says that nothing is missing.
 
+COMMIT may be lost on its way. The destination then ends its QEMU, and its agent swears, to the source that asks again,
+that nobody there will ever run it (REFUSED): the oath and the commit exclude each other, on that host's disk.
+
 ::
 
     event      who says it     what it means
@@ -15,6 +18,9 @@ stays until the destination says that nothing is missing.
     COMMIT     source          device state is loaded over there; the source gives the VM away
     RESUMED    destination     the VM runs there
     ARRIVED    destination     no page is missing there any more
+    BREAK      anybody         the streams broke off; both ends keep what they have, and the source calls again
+    RECOVERED  destination     new streams are up, and the source knows what had arrived
+    REFUSED    its agent       the COMMIT never arrived, and will not be taken any more
     CANCEL     the user        stop it; only before COMMIT
     FAIL       anybody         something broke
 
@@ -37,6 +43,7 @@ class State(Enum):
     SWITCHING = "switching"
     COMMITTED = "committed"
     POSTCOPY = "postcopy"
+    RECOVERING = "recovering"
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -52,6 +59,9 @@ class Event(Enum):
     COMMIT = "commit"
     RESUMED = "resumed"
     ARRIVED = "arrived"
+    BREAK = "break"
+    RECOVERED = "recovered"
+    REFUSED = "refused"
     CANCEL = "cancel"
     FAIL = "fail"
 
@@ -81,9 +91,13 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.SWITCHING, Event.FAIL): State.FAILED,
     (State.SWITCHING, Event.CANCEL): State.CANCELLED,
     (State.COMMITTED, Event.RESUMED): State.POSTCOPY,
+    (State.COMMITTED, Event.REFUSED): State.FAILED,
     (State.COMMITTED, Event.FAIL): State.PAUSED,
     (State.POSTCOPY, Event.ARRIVED): State.COMPLETED,
+    (State.POSTCOPY, Event.BREAK): State.RECOVERING,
     (State.POSTCOPY, Event.FAIL): State.PAUSED,
+    (State.RECOVERING, Event.RECOVERED): State.POSTCOPY,
+    (State.RECOVERING, Event.FAIL): State.PAUSED,
 }
 
 SAFE_AT: dict[State, Where] = {
@@ -93,6 +107,7 @@ SAFE_AT: dict[State, Where] = {
     State.SWITCHING: Where.SOURCE,
     State.COMMITTED: Where.BOTH,
     State.POSTCOPY: Where.BOTH,
+    State.RECOVERING: Where.BOTH,
     State.PAUSED: Where.BOTH,
     State.COMPLETED: Where.DESTINATION,
     State.FAILED: Where.SOURCE,

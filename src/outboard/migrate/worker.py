@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from outboard.errors import OutboardError, UnreachableError
+from outboard.errors import OutboardError, UnreachableError, error_of
 from outboard.linux import pidfd, prctl, sched
 
 _MOST = 64 * 1024
@@ -47,12 +47,12 @@ class Worker:
     def tell(self, order: bytes) -> None:
         """Send one order.
 
-        :raise UnreachableError: the worker has ended.
+        :raise OutboardError: the worker has ended: its own error, in its words.
         """
         try:
             self.link.send(order)
         except OSError as error:
-            raise UnreachableError(f"{self.name} has ended: {self._why() or error}") from error
+            raise self._error() or UnreachableError(f"{self.name} has ended: {error}") from error
 
     def fileno(self) -> int:
         """Readable when the worker has said something or ended."""
@@ -61,17 +61,17 @@ class Worker:
     def hear(self, timeout: float | None = None) -> bytes | None:
         """The next report; None when ``timeout`` seconds passed without one.
 
-        :raise UnreachableError: the worker has ended: its own error, in its words.
+        :raise OutboardError: the worker has ended: its own error, in its words.
         """
         if not select.select([self.link], [], [], timeout)[0]:
             return None
         report = self.link.recv(_MOST)
         if not report or report.startswith((_ENDED, _FAILED)):
             self._outcome = report
-            raise UnreachableError(self._why() or f"{self.name} ended without a word")
+            raise self._error() or UnreachableError(f"{self.name} ended without a word")
         return report
 
-    def _why(self) -> str | None:
+    def _error(self) -> OutboardError | None:
         if self._outcome is None:
             try:
                 self.link.setblocking(False)
@@ -81,7 +81,8 @@ class Worker:
             except OSError:
                 pass
         if self._outcome and self._outcome.startswith(_FAILED):
-            return self._outcome.removeprefix(_FAILED).decode(errors="replace")
+            told = self._outcome.removeprefix(_FAILED)
+            return error_of(told[0], told[1:].decode(errors="replace"))
         return None
 
     def end(self) -> None:
@@ -130,18 +131,18 @@ def _become(
         link.send(_ENDED)
         status = 0
     except OutboardError as error:
-        _say(link, str(error))
+        _say(link, str(error), error.exit_code)
     except BaseException:  # noqa: BLE001  # the last word of a process: whatever it was is reported, then it ends
-        _say(link, f"{name}: {traceback.format_exc()}")
+        _say(link, f"{name}: {traceback.format_exc()}", OutboardError.exit_code)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def _say(link: socket.socket, words: str) -> None:
+def _say(link: socket.socket, words: str, exit_code: int) -> None:
     try:
-        link.send(_FAILED + words.encode()[: _MOST - len(_FAILED)])
+        link.send(_FAILED + bytes([exit_code]) + words.encode()[: _MOST - len(_FAILED) - 1])
     except OSError:
         # The engine is gone, and with it whoever would have listened.
         return

@@ -179,6 +179,12 @@ class ArrivingMemory:
                 return region.first + (address - region.hva) // PAGE_SIZE
         raise ValueError(f"{address:#x} is not in the memory of {self.guest.name}")
 
+    def wake_all(self) -> None:
+        """Have everybody who waits for a page ask again: whoever was to answer is gone."""
+        self.waiting[:] = 0
+        for region in self.guest.regions:
+            self.uffd.wake(region.hva, region.pages * PAGE_SIZE)
+
     def release(self) -> None:
         """Give the memory back to the VMM whole: unregister, and close the userfaultfd here and inside it. Idempotent.
 

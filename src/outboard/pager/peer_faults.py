@@ -7,6 +7,7 @@ pages that it placed while we waited for them, so that their latency is counted 
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from outboard.errors import UnreachableError
 from outboard.linux.userfaultfd import FaultFlag
 from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.latency import Latencies, LatencyHistogram
@@ -83,7 +85,8 @@ class PeerFaultServer:
     def serve(self) -> None:
         """Serve until told to stop.
 
-        :raise UnreachableError: the peer is gone; the faults that wait go on waiting.
+        When the peer is gone, faults on its pages wait; all others are answered as before.
+
         :raise KernelError: the userfaultfd failed.
         """
         uffd, answers = self._memory.uffd.fileno(), self._peer.fileno()
@@ -92,12 +95,17 @@ class PeerFaultServer:
             poll.register(fd, select.POLLIN)
         while True:
             for fd, _ in poll.poll():
-                if fd == uffd:
-                    self._faults()
-                elif fd == answers:
-                    self._answers()
-                elif not self._command(self._commands.recv(4096)):
-                    return
+                try:
+                    if fd == uffd:
+                        self._faults()
+                    elif fd == answers:
+                        self._answers()
+                    elif not self._command(self._commands.recv(4096)):
+                        return
+                except UnreachableError:
+                    self._peer.lost()
+                    with contextlib.suppress(KeyError):
+                        poll.unregister(answers)
 
     def _command(self, command: bytes) -> bool:
         if command == b"stop":

@@ -36,6 +36,10 @@ class PeerStore:
         if held:
             self._stream.ask(held)
 
+    def lost(self) -> None:
+        """The peer is gone for now: hold what is asked for. Whoever comes after us asks anew."""
+        self._held = []
+
     def ask(self, pages: list[int]) -> None:
         """Ask for pages; those already asked for are not asked again."""
         now = time.monotonic_ns()

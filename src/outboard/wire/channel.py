@@ -14,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import NotAuthorisedError, UnreachableError
+from outboard.linux import tcp
 from outboard.wire import frames
 from outboard.wire.frames import Decoder, Frame, Kind, Pages, PageSetPart
 
 _RECORD = 16384
 """The most that one TLS record holds."""
+_SILENT_S = 10
+"""After which a host that acknowledges nothing is taken to be gone."""
 _STALLED_S = 30.0
 """How long a peer may take over one record that it has begun."""
 
@@ -45,6 +48,7 @@ class Channel:
         self._tls = connection if isinstance(connection, ssl.SSLSocket) else None
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tcp.give_up_silence(connection, _SILENT_S)
         # With a timeout the ssl module waits for the rest of a record in C, and gives up a peer that never sends it. A
         # blocking socket would be read again for ever: SO_RCVTIMEO reaches OpenSSL as "try again".
         connection.settimeout(_STALLED_S)
