@@ -362,7 +362,7 @@ class Outgoing:
         if self._cancelled:
             raise CancelledError("cancelled at the switch-over; the VM runs at the source")
         self._on(Event.COMMIT)
-        # Whatever comes instead of an answer, also that the other engine gives up: the delivery finds out what it means.
+        # Whatever comes instead of an answer, also that the other engine gives up: the delivery sees to it.
         with contextlib.suppress(OutboardError):
             control.send(messages.Commit())
             self._await_resumed()
