@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from outboard.errors import OutboardError, RefusedError
 from outboard.linux import proc
 from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.peer_faults import FaultCounters, PeerFaultServer
@@ -39,7 +42,8 @@ class Scene:
     def __init__(self) -> None:
         self.target = Target(mebibytes=4)
         self.guest = guest_of(self.target)
-        self.pager = ArrivingMemory(self.guest)
+        self._journal = tempfile.TemporaryDirectory(dir="/dev/shm")
+        self.pager = ArrivingMemory(self.guest, Path(self._journal.name))
         ours, theirs = socket.socketpair()
         self._theirs = Channel(theirs, "peer", self.target.pages)
         self._link, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -78,6 +82,7 @@ class Scene:
         self.target.__exit__(None, None, None)
         self.pager.release()
         self.guest.memory.close()
+        self._journal.cleanup()
 
 
 @pytest.fixture
@@ -191,11 +196,62 @@ def test_zeros_replace_content_before_the_guest_runs(scene: Scene) -> None:
     assert scene.target.ask("r 5") == "0"
 
 
-def test_released_memory_is_the_processes_own() -> None:
+def test_what_a_dead_engine_left_is_taken_again(tmp_path: Path) -> None:
+    """It has placed two pages and noted one, and a page waits."""
+    with Target(mebibytes=1) as target, guest_of(target) as guest:
+        first = ArrivingMemory(guest, tmp_path)
+        for page in (3, 4):
+            place(first, page, word(page + 10))
+        first.note_zeros(5, 1)
+        first.residency.where[4] = Where.PEER
+        first.run()
+        target.say("r 7")
+        assert target.waits()
+        first.uffd.close()
+        with pytest.raises(RefusedError):
+            ArrivingMemory(guest, tmp_path)
+        again = ArrivingMemory.take_again(guest, tmp_path)
+        assert again.running
+        assert [again.residency.where[page] for page in (3, 4, 5, 7)] == [
+            Where.RESIDENT,
+            Where.RESIDENT,
+            Where.ZERO,
+            Where.PEER,
+        ]
+        place(again, 7, word(77))
+        assert target.answer() == "77"
+        again.release()
+        assert target.ask("r 4") == "14"
+        with pytest.raises(OutboardError, match="held by nobody"):
+            ArrivingMemory.take_again(guest, tmp_path)
+
+
+def test_without_a_peer_only_what_is_there_waits_for_nobody(tmp_path: Path) -> None:
+    with Target(mebibytes=1) as target, guest_of(target) as guest:
+        memory = ArrivingMemory(guest, tmp_path)
+        memory.run()
+        memory.note_zeros(5, 1)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        server = PeerFaultServer(memory, PeerStore(None), FaultCounters(), theirs)
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        assert target.ask("r 5") == "0"
+        target.say("r 6")
+        assert target.waits()
+        place(memory, 6, word(66))
+        assert target.answer() == "66"
+        ours.send(b"stop")
+        thread.join()
+        memory.release()
+        ours.close()
+        theirs.close()
+
+
+def test_released_memory_is_the_processes_own(tmp_path: Path) -> None:
     with Target(mebibytes=1) as target:
         guest = guest_of(target)
         before = set(proc.descriptors(target.pid))
-        pager = ArrivingMemory(guest)
+        pager = ArrivingMemory(guest, tmp_path)
         place(pager, 0, word(3))
         assert len(set(proc.descriptors(target.pid)) - before) == 1
         pager.release()

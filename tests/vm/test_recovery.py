@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -33,8 +35,12 @@ def reports(host: Host, *arguments: str) -> Iterator[dict[str, object]]:
 def runs_only_at(vm: Vm, host: str) -> None:
     for name, each in vm.cluster.hosts.items():
         wait_for(lambda each=each, name=name: each.has(vm.name) == (name == host), f"what shall be at {name}")  # type: ignore[misc]
-    with vm.record(host).attach(managed=True) as guest:
-        assert guest.monitor.execute("query-status")["running"]
+
+    def running() -> bool:
+        with vm.record(host).attach(managed=True) as guest:
+            return bool(guest.monitor.execute("query-status")["running"])
+
+    wait_for(running, "the guest's going on")
 
 
 @pytest.mark.parametrize("end", ["a", "b"])
@@ -96,3 +102,79 @@ def test_a_commit_that_never_arrived_leaves_the_vm_at_the_source(vm: Vm) -> None
     done = vm.cluster.a.outboard("migrate", vm.name, "b")
     assert done.returncode == 0, done.stderr
     vm.verify("b")
+
+
+@pytest.mark.parametrize("end", ["a", "b"])
+def test_a_killed_engine_has_a_successor_after_the_commit(vm: Vm, end: str) -> None:
+    kills = 0
+    last: dict[str, object] = {}
+    for report in reports(vm.cluster.a, vm.name, "b", *POST_COPY):
+        last = report
+        if report["state"] == "postcopy" and kills < 2:
+            kills += 1
+            os.kill(vm.cluster.hosts[end].engine(), signal.SIGKILL)
+    assert kills == 2
+    assert last["state"] == "completed", last
+    runs_only_at(vm, "b")
+    vm.verify("b")
+    directory = vm.cluster.b.registry.get(vm.name).directory
+    wait_for(lambda: not (directory / "arriving").exists(), "the end of the engine")
+    assert vm.cluster.b.outboard("migrate", vm.name, "a").returncode == 0
+    vm.verify("a")
+
+
+def test_a_killed_engine_leaves_the_vm_running_before_the_commit(vm: Vm) -> None:
+    """Killed at the destination, its QEMU ends; killed at the source in the pause, the guest goes on."""
+    for end in ("b", "a"):
+        killed = False
+        for report in reports(vm.cluster.a, vm.name, "b", "--pre-copy", "--max-bandwidth", "20MB", "--no-throttle"):
+            if report["state"] == "copying" and not killed:
+                killed = True
+                os.kill(vm.cluster.hosts[end].engine(), signal.SIGKILL)
+        assert killed
+        runs_only_at(vm, "a")
+        vm.verify("a")
+
+
+def test_an_engine_killed_in_the_pause_leaves_no_paused_vm(vm: Vm) -> None:
+    """With --verify the guest stands still until every page has arrived."""
+    killed = False
+    for report in reports(vm.cluster.a, vm.name, "b", "--verify", "--max-bandwidth", "20MB"):
+        if report["state"] == "switching" and not killed:
+            killed = True
+            os.kill(vm.cluster.a.engine(), signal.SIGKILL)
+    assert killed
+    runs_only_at(vm, "a")
+    vm.verify("a")
+
+
+def test_the_sources_qemu_is_not_needed_after_the_commit(vm: Vm) -> None:
+    """What is still here lies in its memory's file, which the engine holds."""
+    killed = False
+    last: dict[str, object] = {}
+    for report in reports(vm.cluster.a, vm.name, "b", *POST_COPY):
+        last = report
+        if report["state"] == "postcopy" and not killed:
+            killed = True
+            os.kill(vm.record("a").pid, signal.SIGKILL)
+    assert killed
+    assert last["state"] == "completed", last
+    runs_only_at(vm, "b")
+    vm.verify("b")
+
+
+def test_a_destination_that_is_lost_after_the_commit_is_told_of(vm: Vm) -> None:
+    """Its QEMU held the only copy that may run: the source keeps what it has, and runs nothing by itself."""
+    killed = False
+    last: dict[str, object] = {}
+    for report in reports(vm.cluster.a, vm.name, "b", *POST_COPY):
+        last = report
+        if report["state"] == "postcopy" and not killed:
+            killed = True
+            os.kill(vm.record("b").pid, signal.SIGKILL)
+    assert killed
+    assert last["state"] == "paused", last
+    assert last["exit_code"] == 6
+    assert "has ended" in str(last["error"])
+    with vm.record("a").attach() as guest:
+        assert not guest.monitor.execute("query-status")["running"]

@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import secrets
+import shutil
 import signal
 import socket
 import threading
@@ -29,9 +30,21 @@ from starlette.routing import Route
 
 from outboard.agent import service
 from outboard.agent.config import AgentConfig, socket_path, state_dir
-from outboard.agent.engine import REOPENED, Depart, Ended, Manage, Ready, Receive, Refused, run_engine
+from outboard.agent.engine import (
+    ARRIVING,
+    DEPARTING,
+    REOPENED,
+    Depart,
+    Ended,
+    Manage,
+    Ready,
+    Receive,
+    Refused,
+    run_engine,
+)
 from outboard.agent.history import History
 from outboard.agent.migrations import Migrations, Running
+from outboard.agent.succession import left_task, only_one
 from outboard.agent.supervisor import Supervisor
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import (
@@ -50,11 +63,15 @@ from outboard.migrate import messages
 from outboard.migrate.method import Options
 from outboard.migrate.report import Summary
 from outboard.vmm.brake import release_left_over
-from outboard.vmm.registry import Registry
+from outboard.vmm.device_state import take_back
+from outboard.vmm.launch import stop
+from outboard.vmm.registry import Registry, VmRecord
 from outboard.wire.channel import Channel
 from outboard.wire.tls import Listener
 
 _PREPARE_S = 30.0
+_AGAIN_S = 1.0
+"""Between the death of an engine that took over and the next."""
 
 log = structlog.get_logger()
 
@@ -136,9 +153,55 @@ class Agent:
             throttle_gain=self._history.throttle_gain(record.name),
         )
         log.info("migration begins", migration=migration, vm=record.name, host=target.name)
-        running = self._migrations.add(migration, record.name, self._start_engine(task))
+        return self._begin(task)
+
+    def _begin(self, task: Depart) -> Running:
+        running = self._migrations.add(
+            task.migration, task.vm, self._start_engine(task), lambda: self._succeed_departing(task)
+        )
         self._follow(running)
         return running
+
+    def _succeed_departing(self, task: Depart) -> Connection | None:
+        """The engine of a migration has died: another goes on if the VM was given away, else it runs on here."""
+        try:
+            record = self._registry.get(task.vm)
+        except NotFoundError:
+            return None
+        self._let_go(task.vm)
+        if not record.alive:
+            return None
+        if left_task(record.directory / DEPARTING, Depart) is None:
+            threading.Thread(target=self._take_back, args=(record,), daemon=True).start()
+            return None
+        log.warning("an engine died, another takes over", migration=task.migration, vm=task.vm)
+        return self._start_engine(msgspec.structs.replace(task, again=True))
+
+    def _take_back(self, record: VmRecord) -> None:
+        try:
+            with record.attach() as guest:
+                take_back(guest.monitor)
+            shutil.rmtree(record.directory / DEPARTING, ignore_errors=True)
+        except OutboardError as error:
+            log.error("a VM whose migration died may stand still", vm=record.name, why=str(error))
+
+    def _adopt(self) -> None:
+        """Find the migrations whose engines died while no agent was there."""
+        loop = asyncio.get_running_loop()
+        for record in self._registry.list():
+            for name, kind in ((DEPARTING, Depart), (ARRIVING, Receive)):
+                journal = record.directory / name
+                if journal.exists():
+                    threading.Thread(target=self._adopt_one, args=(journal, kind, loop), daemon=True).start()
+
+    def _adopt_one(self, journal: Path, kind: type[Depart] | type[Receive], loop: asyncio.AbstractEventLoop) -> None:
+        """Wait for the end of the engine that is at work, if there is one, and see to what it leaves."""
+        os.close(only_one(journal, wait=True))
+        task = left_task(journal, kind)
+        if isinstance(task, Depart):
+            loop.call_soon_threadsafe(self._begin, msgspec.structs.replace(task, again=True))
+        elif isinstance(task, Receive):
+            self._succeed_receiving(task)
 
     def _follow(self, running: Running) -> None:
         async def keep() -> None:
@@ -185,15 +248,14 @@ class Agent:
             )
         self._verdicts.expect(prepare.migration, source, prepare.vm)
         log.info("a VM is coming", migration=prepare.migration, vm=prepare.vm, source=source)
-        pipe = self._start_engine(
-            Receive(
-                source=source,
-                listen=self._config.listen,
-                ports=self._config.migration_ports,
-                prepare=prepare,
-                verdicts=os.fspath(self._verdicts.directory),
-            )
+        task = Receive(
+            source=source,
+            listen=self._config.listen,
+            ports=self._config.migration_ports,
+            prepare=prepare,
+            verdicts=os.fspath(self._verdicts.directory),
         )
+        pipe = self._start_engine(task)
         if not pipe.poll(_PREPARE_S):
             pipe.close()
             raise UnreachableError(f"no engine was ready for {prepare.vm} in {_PREPARE_S:.0f} s")
@@ -201,7 +263,7 @@ class Agent:
         if isinstance(answer, Refused):
             pipe.close()
             raise error_of(answer.exit_code, answer.why)
-        threading.Thread(target=self._await_end, args=(prepare, pipe), daemon=True).start()
+        threading.Thread(target=self._attend_receiving, args=(task, pipe), daemon=True).start()
         return messages.Prepared(port=answer.port, tokens=answer.tokens)
 
     def _recover(self, migration: str, source: str) -> messages.Message:
@@ -232,14 +294,47 @@ class Agent:
         log.info("the source calls again", migration=migration, vm=vm, source=source)
         return messages.expect(told, messages.Prepared)
 
-    def _await_end(self, prepare: messages.Prepare, pipe: Connection) -> None:
-        try:
-            ended: Ended | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Ended | Refused)
-            log.info("an incoming migration ends", migration=prepare.migration, vm=prepare.vm, error=ended.why)
-        except (EOFError, OSError):
-            log.error("an incoming engine died", migration=prepare.migration, vm=prepare.vm)
-        finally:
-            pipe.close()
+    def _succeed_receiving(self, task: Receive) -> None:
+        """The engine of a VM that comes has died: another goes on if the VM is ours, else its QEMU ends."""
+        prepare = task.prepare
+        ours = not self._verdicts.refuse(prepare.migration)
+        while True:
+            try:
+                record = self._registry.get(prepare.vm)
+            except NotFoundError:
+                return
+            if not ours:
+                log.warning("a VM whose engine died before the commit is given up", vm=prepare.vm)
+                stop(record, self._registry)
+                return
+            if not record.alive or left_task(record.directory / ARRIVING, Receive) is None:
+                return
+            log.warning("an engine died, another takes over", migration=prepare.migration, vm=prepare.vm)
+            if self._has_ended(task, self._start_engine(msgspec.structs.replace(task, again=True))):
+                return
+            time.sleep(_AGAIN_S)
+
+    def _attend_receiving(self, task: Receive, pipe: Connection) -> None:
+        """Hear how an incoming migration ends; in a thread of its own."""
+        if not self._has_ended(task, pipe):
+            self._succeed_receiving(task)
+
+    def _has_ended(self, task: Receive, pipe: Connection) -> bool:
+        """Wait until the engine ends; False: it died."""
+        prepare = task.prepare
+        with contextlib.closing(pipe):
+            try:
+                while True:
+                    report: Ready | Ended | Refused = msgspec.json.decode(
+                        pipe.recv_bytes(), type=Ready | Ended | Refused
+                    )
+                    if not isinstance(report, Ready):
+                        break
+            except (EOFError, OSError):
+                log.error("an incoming engine died", migration=prepare.migration, vm=prepare.vm)
+                return False
+        log.info("an incoming migration ends", migration=prepare.migration, vm=prepare.vm, error=report.why)
+        return True
 
     def _listen(self, listener: Listener) -> None:
         while True:
@@ -315,6 +410,10 @@ class Agent:
             exception_handlers={OutboardError: _explain},
         )
 
+    async def _accompany(self, server: uvicorn.Server) -> None:
+        self._adopt()
+        await service.accompanied(server)
+
     def serve(self) -> None:
         """Serve until SIGTERM or SIGINT.
 
@@ -341,7 +440,7 @@ class Agent:
         try:
             # uvicorn ends in order and then raises the signal again, which would end us before we are done.
             signal.signal(signal.SIGTERM, lambda *_: None)
-            asyncio.run(service.accompanied(server))
+            asyncio.run(self._accompany(server))
         finally:
             listener.close()
             path.unlink(missing_ok=True)

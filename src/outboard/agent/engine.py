@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -18,22 +19,28 @@ from pathlib import Path
 import msgspec
 
 from outboard.agent.manager import Manager
+from outboard.agent.succession import keep_task, left_task, only_one
 from outboard.agent.verdicts import Verdicts
-from outboard.errors import OutboardError, UnreachableError
+from outboard.errors import NeedsRecoveryError, OutboardError, UnreachableError
 from outboard.linux import prctl, sched
 from outboard.migrate import messages
 from outboard.migrate.admission import Admission
 from outboard.migrate.desk import Destination, Order
-from outboard.migrate.destination import Incoming
+from outboard.migrate.destination import Incoming, check_layout
 from outboard.migrate.messages import Prepare
 from outboard.migrate.method import Options
 from outboard.migrate.report import Progress, Summary
 from outboard.migrate.source import Outgoing
 from outboard.migrate.states import State
 from outboard.migrate.summary import summarise
+from outboard.pager.arriving import ArrivingMemory
 from outboard.vmm.attach import attach
+from outboard.vmm.device_state import Arrival
+from outboard.vmm.guest import Guest
 from outboard.vmm.launch import launch, stop
-from outboard.vmm.registry import Registry
+from outboard.vmm.layout import Layout
+from outboard.vmm.monitor import Monitor
+from outboard.vmm.registry import Registry, VmRecord
 from outboard.vmm.spec import parse_spec
 from outboard.wire.channel import Channel
 from outboard.wire.tls import Listener
@@ -41,10 +48,17 @@ from outboard.wire.token import TokenBook
 
 REOPENED = "reopened.json"
 """In the directory of a VM that has come and whose streams broke off: a Prepared, for the source to call again."""
+ARRIVING, DEPARTING = "arriving", "departing"
+"""Directories in that of a VM on its way: what a successor of the engine must know."""
+_LAYOUT = "layout.json"
+_ANSWER_S = 2.0
 
 
 class Depart(msgspec.Struct, frozen=True, tag="depart"):
-    """Migrate a VM of this host (``source``) away; ``began`` is when the agent was told to, CLOCK_MONOTONIC."""
+    """Migrate a VM of this host (``source``) away; ``began`` is when the agent was told to, CLOCK_MONOTONIC.
+
+    ``again``: in the place of an engine that died after the commit.
+    """
 
     migration: str
     vm: str
@@ -53,16 +67,18 @@ class Depart(msgspec.Struct, frozen=True, tag="depart"):
     options: Options
     began: float
     throttle_gain: float
+    again: bool = False
 
 
 class Receive(msgspec.Struct, frozen=True, tag="receive"):
-    """Take in a VM from ``source``."""
+    """Take in a VM from ``source``; ``again``: in the place of an engine that died when the VM was here already."""
 
     source: str
     listen: str
     ports: tuple[int, int]
     prepare: Prepare
     verdicts: str
+    again: bool = False
 
 
 class Manage(msgspec.Struct, frozen=True, tag="manage"):
@@ -148,11 +164,22 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
         sys.exit(1)
 
 
+def _leave_no_empty(journal: Path) -> None:
+    """Before the commit there is nothing for a successor to do."""
+    if left_task(journal, Depart) is None:
+        shutil.rmtree(journal, ignore_errors=True)
+
+
 def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) -> Summary:
     """Migrate; every way it can end is a summary."""
     record = registry.get(work.vm)
+    journal = record.directory / DEPARTING
+    journal.mkdir(mode=0o700, exist_ok=True)
     attaching = time.monotonic()
-    with record.attach() as guest:
+    with contextlib.ExitStack() as until_end:
+        until_end.callback(os.close, only_one(journal))
+        until_end.callback(_leave_no_empty, journal)
+        guest = until_end.enter_context(record.attach())
         attach_ms = (time.monotonic() - attaching) * 1e3
         outgoing = Outgoing(
             work.migration,
@@ -165,14 +192,20 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             desk=desk,
             began=work.began,
             throttle_gain=work.throttle_gain,
+            before_commit=lambda: keep_task(journal, work),
         )
         error: OutboardError | None = None
         try:
-            outgoing.run()
+            if work.again:
+                outgoing.take_over()
+            else:
+                outgoing.run()
         except OutboardError as failure:
             error = failure
     if outgoing.machine.state is State.COMPLETED:
         registry.remove(work.vm)
+    elif outgoing.machine.state is not State.PAUSED:
+        shutil.rmtree(journal, ignore_errors=True)
     return summarise(outgoing, source=work.source, attach_ms=attach_ms, error=error)
 
 
@@ -186,7 +219,15 @@ def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
 
 
 def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:
-    """Take the VM in with a QEMU of its own, and end that QEMU if the VM stays where it was."""
+    """Take the VM in, and end its QEMU if it stays where it was."""
+    if work.again:
+        _receive_again(work, desk, registry, identity)
+    else:
+        _receive_first(work, desk, registry, identity)
+    desk.report(Ended(why=None))
+
+
+def _receive_first(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:
     tokens = TokenBook(time.monotonic)
     listener = Listener(work.listen, work.ports, identity)
     with contextlib.ExitStack() as until_end, Admission(work.prepare, work.source, listener, tokens) as admission:
@@ -199,7 +240,54 @@ def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) 
         streams = admission.streams()
         listener.close()
         incoming.run(streams)
-    desk.report(Ended(why=None))
+    shutil.rmtree(registry.get(work.prepare.vm).directory / ARRIVING)
+
+
+def _receive_again(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:
+    """Go on in the place of an engine that died when the VM was here already."""
+    record = registry.get(work.prepare.vm)
+    journal = record.directory / ARRIVING
+    with contextlib.ExitStack() as until_end:
+        until_end.callback(os.close, only_one(journal))
+        desk.report(Ready(port=0, tokens={}))
+        layout = Layout.load(journal / _LAYOUT)
+        if layout is None:
+            raise NeedsRecoveryError(f"QEMU of {work.prepare.vm} has ended")
+        guest = until_end.enter_context(layout.guest())
+        memory = ArrivingMemory.take_again(guest, journal)
+        incoming = _incoming(work, record, guest, memory, None, identity)
+        _see_that_it_runs(record)
+        incoming.run(None)
+        # It may have waited for a page when we looked.
+        _see_that_it_runs(record)
+    shutil.rmtree(journal)
+
+
+def _see_that_it_runs(record: VmRecord) -> None:
+    """The engine before may have died before it let the VM run. One that waits for a page runs, and answers nothing."""
+    with contextlib.suppress(UnreachableError), Monitor.connect(record.engine_socket, timeout=_ANSWER_S) as monitor:
+        if not monitor.execute("query-status")["running"]:
+            monitor.execute("cont")
+
+
+def _incoming(
+    work: Receive,
+    record: VmRecord,
+    guest: Guest,
+    memory: ArrivingMemory,
+    arrival: Arrival | None,
+    identity: Path,
+) -> Incoming:
+    verdicts = Verdicts(Path(work.verdicts))
+    return Incoming(
+        guest,
+        memory,
+        arrival,
+        source=work.source,
+        commit=lambda: verdicts.commit(work.prepare.migration),
+        note_arrived=lambda message: verdicts.note_arrived(work.prepare.migration, message),
+        reopen=lambda: _reopen(work, record.directory, identity),
+    )
 
 
 def _reopen(work: Receive, directory: Path, identity: Path) -> dict[str, Channel]:
@@ -238,16 +326,16 @@ def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack
             stop(record, registry)
 
     until_end.callback(end)
+    journal = record.directory / ARRIVING
+    journal.mkdir(mode=0o700)
+    until_end.callback(os.close, only_one(journal))
     guest = attach(qmp=record.engine_socket, name=prepare.vm, agent_path=record.agent_socket)
     until_end.enter_context(guest)
-    verdicts = Verdicts(Path(work.verdicts))
-    incoming = Incoming(
-        prepare,
-        guest,
-        source=work.source,
-        directory=record.directory,
-        commit=lambda: verdicts.commit(prepare.migration),
-        note_arrived=lambda message: verdicts.note_arrived(prepare.migration, message),
-        reopen=lambda: _reopen(work, record.directory, identity),
-    )
+    check_layout(guest, prepare)
+    Layout.keep(guest, journal / _LAYOUT)
+    keep_task(journal, work)
+    memory = ArrivingMemory(guest, journal)
+    arrival = Arrival(guest, record.directory)
+    until_end.callback(arrival.close)
+    incoming = _incoming(work, record, guest, memory, arrival, identity)
     return incoming

@@ -35,7 +35,7 @@ import structlog
 
 from outboard.agent.orders import Evict, Failed, Fetch, HandOver, Looked, Order, Release, ask
 from outboard.errors import KernelError, OutboardError, RefusedError
-from outboard.linux import pidfd, proc
+from outboard.linux import pidfd
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
 from outboard.pages.heat import Heat
@@ -43,7 +43,8 @@ from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
 from outboard.stores.file import FileStore, remove
 from outboard.trace.idle import IdleTrace
-from outboard.vmm.guest import Guest, Region, VCpu
+from outboard.vmm.guest import Guest
+from outboard.vmm.layout import Layout
 
 CONTROL = "control.sock"
 _LAYOUT = "layout.json"
@@ -54,16 +55,6 @@ _LOOK_S = 1.0
 """How often to look whether faults are still served."""
 log = structlog.get_logger()
 _STORES = {"pool": Where.POOL, "file": Where.FILE}
-
-
-class Layout(msgspec.Struct, frozen=True):
-    """A guest as it was attached; with ``start_time`` the pid is a process for good."""
-
-    name: str
-    pid: int
-    start_time: int
-    regions: tuple[Region, ...]
-    vcpus: tuple[VCpu, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +86,15 @@ class Manager:
             self._lock = _lock(directory, successor=successor)
             undo.callback(os.close, self._lock)
             self._swap = swap
-            layout = _known(directory)
+            layout = Layout.load(directory / _LAYOUT)
             if layout is None:
                 # Whatever lies here is another guest's, or of the time before a power cut: nobody can want it.
                 _empty(directory)
                 remove(swap)
                 undo.callback(self._forget)
-                layout = _first(directory, attach)
-            self._guest = Guest(layout.name, layout.pid, layout.regions, layout.vcpus)
+                with attach() as attached:
+                    layout = Layout.keep(attached, directory / _LAYOUT)
+            self._guest = layout.guest()
             undo.callback(self._guest.close)
             swap.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._listener = _listen(directory / CONTROL)
@@ -310,28 +302,10 @@ def _lock(directory: Path, *, successor: bool) -> int:
     return fd
 
 
-def _known(directory: Path) -> Layout | None:
-    """The guest that an engine before us has left here, if it still runs."""
-    try:
-        layout = msgspec.json.decode((directory / _LAYOUT).read_bytes(), type=Layout)
-        return layout if proc.start_time(layout.pid) == layout.start_time else None
-    except (FileNotFoundError, KernelError):
-        return None
-
-
 def _empty(directory: Path) -> None:
     for old in directory.iterdir():
         if old.name != "lock":
             old.unlink()
-
-
-def _first(directory: Path, attach: Callable[[], Guest]) -> Layout:
-    with attach() as guest:
-        layout = Layout(guest.name, guest.pid, proc.start_time(guest.pid), guest.regions, guest.vcpus)
-    fresh = directory / f"{_LAYOUT}.new"
-    fresh.write_bytes(msgspec.json.encode(layout))
-    fresh.rename(directory / _LAYOUT)
-    return layout
 
 
 def _listen(path: Path) -> socket.socket:

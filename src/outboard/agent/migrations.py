@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from multiprocessing.connection import Connection
 
 import msgspec
 
 from outboard.errors import NotFoundError
 from outboard.migrate.desk import Cancel, Limit, Order
-from outboard.migrate.report import Summary
+from outboard.migrate.report import Summary, is_progress
 
 _KEPT = 2000
 """Reports of one migration that a late listener is still told, the newest."""
@@ -20,13 +20,17 @@ _KEPT = 2000
 class Running:
     """One migration: its engine's pipe, what the engine has reported, and whoever listens.
 
+    :param succeed: called when the engine has died: the pipe of another that goes on, if there is one.
+
     Synchronization: the agent's event loop alone.
     """
 
-    def __init__(self, migration: str, vm: str, pipe: Connection) -> None:
+    def __init__(self, migration: str, vm: str, pipe: Connection, succeed: Callable[[], Connection | None]) -> None:
         self.migration = migration
         self.vm = vm
         self._pipe = pipe
+        self._succeed = succeed
+        self._said_why = False
         self._reports: list[bytes] = []
         self._dropped = 0
         self._ended = False
@@ -45,8 +49,14 @@ class Running:
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
             self._pipe.close()
-            self._ended = True
+            another = None if self._said_why else self._succeed()
+            if another is None:
+                self._ended = True
+            else:
+                self._pipe = another
+                asyncio.get_running_loop().add_reader(another.fileno(), self._hear)
         else:
+            self._said_why = not is_progress(report)
             if len(self._reports) - self._dropped >= _KEPT:
                 self._reports[self._dropped] = b""
                 self._dropped += 1
@@ -81,9 +91,9 @@ class Migrations:
     def __init__(self) -> None:
         self._running: dict[str, Running] = {}
 
-    def add(self, migration: str, vm: str, pipe: Connection) -> Running:
-        """Remember a migration that begins."""
-        running = self._running[migration] = Running(migration, vm, pipe)
+    def add(self, migration: str, vm: str, pipe: Connection, succeed: Callable[[], Connection | None]) -> Running:
+        """Remember a migration that begins; ``succeed`` as in :class:`Running`."""
+        running = self._running[migration] = Running(migration, vm, pipe, succeed)
         return running
 
     def find(self, name: str) -> Running:

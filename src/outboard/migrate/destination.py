@@ -11,7 +11,6 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -35,7 +34,7 @@ from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Where
 from outboard.stores.peer import PeerStore
 from outboard.vmm.device_state import Arrival
-from outboard.vmm.guest import QemuGuest
+from outboard.vmm.guest import Guest
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Frame, Kind, PageSetPart
 
@@ -44,7 +43,7 @@ _TICK_S = 0.002
 _DIGEST_PART = 1 << 20
 
 
-def check_layout(guest: QemuGuest, prepare: Prepare) -> None:
+def check_layout(guest: Guest, prepare: Prepare) -> None:
     """See that both ends number the same pages.
 
     :raise RefusedError: ``memory-layout``: the destination's QEMU lays out memory otherwise.
@@ -61,9 +60,10 @@ def check_layout(guest: QemuGuest, prepare: Prepare) -> None:
 class Incoming:
     """One migration of a VM to here.
 
-    :param guest: attached; its QEMU was started with ``-incoming defer`` for this migration alone.
+    :param guest: attached.
+    :param memory: its memory.
+    :param arrival: takes its devices' state; None: they are loaded, and the VM is ours already.
     :param source: the host that it comes from.
-    :param directory: for the unix socket of QEMU's device state.
     :param commit: called once, before the VM runs: whether it may be ours.
     :param note_arrived: keeps the message that no page is missing, for a source that does not hear it.
     :param reopen: waits for the source to call again, and lets its streams in.
@@ -73,23 +73,21 @@ class Incoming:
 
     def __init__(
         self,
-        prepare: Prepare,
-        guest: QemuGuest,
+        guest: Guest,
+        memory: ArrivingMemory,
+        arrival: Arrival | None,
         *,
         source: str,
-        directory: Path,
         commit: Callable[[], bool],
         note_arrived: Callable[[bytes], None],
         reopen: Callable[[], dict[str, Channel]],
     ) -> None:
-        check_layout(guest, prepare)
-        self.committed = False
+        self.committed = arrival is None
         self._guest = guest
         self._source = source
         self._commit, self._note_arrived, self._reopen = commit, note_arrived, reopen
-        self._memory = ArrivingMemory(guest)
+        self._memory, self._arrival = memory, arrival
         self._counters = FaultCounters()
-        self._arrival = Arrival(guest, directory)
         self._faults: Worker | None = None
         self._sets: dict[int, PageSet] = {}
         self._live: PageSet | None = None
@@ -97,27 +95,35 @@ class Incoming:
         self._passed = 0
         self._mapped_before_resume = 0
 
-    def run(self, streams: dict[str, Channel]) -> None:
+    def run(self, streams: dict[str, Channel] | None) -> None:
         """Take the VM in. Once it is ours, streams that break off are waited for, however long.
 
-        :param streams: as :class:`~outboard.migrate.admission.Admission` let them in. Taken over.
+        :param streams: as :class:`~outboard.migrate.admission.Admission` let them in, taken over; None: they have
+            broken off.
         :raise OutboardError: it did not work. ``committed`` says whether the VM is ours: if so it waits for what
             is missing, if not it runs at the source and this QEMU must be ended.
         """
-        with contextlib.closing(self._arrival):
-            try:
-                while not self._session(streams):
-                    streams = self._reopen()
-            except OutboardError as error:
-                if self.committed:
-                    raise NeedsRecoveryError(
-                        f"{self._guest.name} runs here, and {self._memory.residency.count(Where.PEER)} of its pages "
-                        f"are still at {self._source}: {error}"
-                    ) from error
-                raise
-            finally:
-                if self._faults is not None:
-                    self._faults.end()
+        try:
+            if streams is None:
+                self._faults = self._serve_faults(None)
+            while streams is None or not self._session(streams):
+                streams = self._reopen()
+        except OutboardError as error:
+            if self.committed:
+                raise NeedsRecoveryError(
+                    f"{self._guest.name} runs here, and {self._memory.residency.count(Where.PEER)} of its pages "
+                    f"are still at {self._source}: {error}"
+                ) from error
+            raise
+        finally:
+            if self._faults is not None:
+                self._faults.end()
+
+    def _serve_faults(self, channel: Channel | None) -> Worker:
+        def serve(link: socket.socket) -> None:
+            PeerFaultServer(self._memory, PeerStore(channel), self._counters, link).serve()
+
+        return Worker("outboard-faults", serve, urgent=True)
 
     def _session(self, streams: dict[str, Channel]) -> bool:
         """Serve until no page is missing, or, once the VM is ours, until the streams break off; whether it is whole."""
@@ -133,13 +139,10 @@ class Incoming:
         return True
 
     def _serve(self, streams: dict[str, Channel], session: contextlib.ExitStack) -> None:
-        def serve_faults(link: socket.socket) -> None:
-            PeerFaultServer(self._memory, PeerStore(streams["urgent"]), self._counters, link).serve()
-
         if self._faults is not None:
             # So far it has answered what needs no peer.
             self._faults.end()
-        faults = self._faults = Worker("outboard-faults", serve_faults, urgent=True)
+        faults = self._faults = self._serve_faults(streams["urgent"])
 
         def receive_bulk(link: socket.socket) -> None:
             BulkReceiver(self._memory, streams["bulk"], faults.link, link).serve()
@@ -221,7 +224,7 @@ class Incoming:
         faults: Worker,
         hear_bulk: Callable[[float], None],
     ) -> None:
-        if frame.kind is Kind.STREAM:
+        if frame.kind is Kind.STREAM and self._arrival is not None:
             if len(frame.payload):
                 self._arrival.feed(frame.payload)
             else:
@@ -260,6 +263,8 @@ class Incoming:
         pages.bits()[at : at + part.bits.size] = part.bits
 
     def _run(self, control: Conversation) -> None:
+        if self._arrival is None or self.committed:
+            raise PeerError("a commit came for a VM that is ours already")
         self._mapped_before_resume = self._memory.residency.count(Where.RESIDENT)
         self._memory.run()
         if not self._commit():

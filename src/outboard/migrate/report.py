@@ -99,6 +99,11 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     """How much more the guest wrote when held back than the model said; the next migration of the VM begins with it."""
 
 
+def is_progress(report: bytes) -> bool:
+    """Whether an encoded report is a :class:`Progress`, after which there are more."""
+    return report.startswith(b'{"schema":"outboard.migration.progress.v1"')
+
+
 def verdict(dirty_rate: float | None, rate: float, *, resumes_early: bool) -> str:
     """Say in words whether rounds of copying can catch up with the guest.
 

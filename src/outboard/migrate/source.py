@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from outboard.errors import (
     CancelledError,
+    KernelError,
     NeedsRecoveryError,
     OutboardError,
     PeerError,
@@ -38,7 +39,7 @@ from outboard.migrate.outbox import NEVER, Outbox
 from outboard.migrate.progress import Watch
 from outboard.migrate.rounds import Rounds
 from outboard.migrate.sending import Answerer, BulkSender, Done, Say, Send, decode_done, encode_order
-from outboard.migrate.states import Event, Machine, State
+from outboard.migrate.states import Event, Machine, State, Where
 from outboard.migrate.worker import Worker
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digests
@@ -46,7 +47,7 @@ from outboard.pages.pageset import PageSet
 from outboard.trace.idle import IdleTrace
 from outboard.trace.writes import WriteTrace, open_write_trace
 from outboard.vmm import qemu_process
-from outboard.vmm.device_state import Departure
+from outboard.vmm.device_state import Departure, take_back
 from outboard.vmm.guest import Guest, QemuGuest
 from outboard.wire import tls
 from outboard.wire.channel import Channel
@@ -89,6 +90,7 @@ class Outgoing:
     :param directory: for the unix socket of QEMU's device state.
     :param identity: the directory of this host's TLS identity.
     :param began: when the command came, CLOCK_MONOTONIC.
+    :param before_commit: called just before the VM is given away.
     :param throttle_gain: of the VM's migration before; see :mod:`outboard.migrate.throttle`.
 
     Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
@@ -107,6 +109,7 @@ class Outgoing:
         desk: Desk,
         began: float,
         throttle_gain: float,
+        before_commit: Callable[[], None],
     ) -> None:
         self.machine = Machine()
         self.findings = Findings()
@@ -124,6 +127,7 @@ class Outgoing:
         self.watch = Watch(migration, guest.name, options, self.machine, desk, time.monotonic, began)
         self.watch.outbox = self.outbox
         self._throttle_gain = throttle_gain
+        self._before_commit = before_commit
         self._cleanup = contextlib.ExitStack()
         self._trace: WriteTrace | None = None
         self._departure: Departure | None = None
@@ -155,22 +159,49 @@ class Outgoing:
             with sched.favoured([self.guest.emulator_thread()]):
                 self._switch()
             self._deliver()
+            self._end_vmm()
         except BaseException as error:
-            begun = self.machine.state not in (State.NEW, State.PREPARING)
-            self._give_up(error)
-            if self.machine.state is State.PAUSED:
-                raise NeedsRecoveryError(
-                    f"{self.guest.name} has been given to {self.destination.name}, and {len(self.outbox.unsent())} of "
-                    f"its pages are still here: {error}"
-                ) from error
-            if begun and isinstance(error, UnreachableError):
-                # Its agent was there; what broke off is the migration.
-                raise OutboardError(f"{error}; the VM goes on at the source") from error
+            self._fail(error)
             raise
         finally:
-            if self._control is not None:
-                self.findings.control_bytes += self._control.channel.bytes_sent
-            self._cleanup.close()
+            self._close()
+
+    def _fail(self, error: BaseException) -> None:
+        begun = self.machine.state not in (State.NEW, State.PREPARING)
+        self._give_up(error)
+        if self.machine.state is State.PAUSED:
+            raise NeedsRecoveryError(
+                f"{self.guest.name} has been given to {self.destination.name}, and {len(self.outbox.unsent())} of "
+                f"its pages are still here: {error}"
+            ) from error
+        if begun and isinstance(error, UnreachableError):
+            # Its agent was there; what broke off is the migration.
+            raise OutboardError(f"{error}; the VM goes on at the source") from error
+
+    def _close(self) -> None:
+        if self._control is not None:
+            self.findings.control_bytes += self._control.channel.bytes_sent
+        self._cleanup.close()
+
+    def take_over(self) -> None:
+        """Go on in the place of an engine that died after the commit; raises as :meth:`run`.
+
+        What that one knew of the guest is gone: everything that the destination has not is sent.
+        """
+        self.machine.state = State.COMMITTED
+        self.findings.hints = "lost with the engine that had asked for them"
+        try:
+            self._vmm = pidfd.open(self.guest.pid)
+            self._cleanup.callback(pidfd.close, self._vmm)
+            ranking.rank_all(self.outbox, self.guest.memory.populated())
+            if not self._recover(UnreachableError("the engine died, and another has taken over")):
+                self._deliver()
+            self._end_vmm()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._close()
 
     def _on(self, event: Event) -> None:
         self.machine.on(event)
@@ -361,6 +392,7 @@ class Outgoing:
         self._await_message(messages.Loaded)
         if self._cancelled:
             raise CancelledError("cancelled at the switch-over; the VM runs at the source")
+        self._before_commit()
         self._on(Event.COMMIT)
         # Whatever comes instead of an answer, also that the other engine gives up: the delivery sees to it.
         with contextlib.suppress(OutboardError):
@@ -538,11 +570,13 @@ class Outgoing:
         if control is None:
             raise AssertionError("nobody is there to be sent anything")
         self._order(Send(0, self.outbox.pages, ranking.LAST, paced=True))
-        if self._trace is None:
-            ranking.revive(self.outbox, self.guest.memory.populated())
-        else:
+        try:
             # Free when the guest was asked, or without memory then, and written since.
-            ranking.revive(self.outbox, self._written())
+            alive = self.guest.memory.populated() if self._trace is None else self._written()
+        except KernelError:
+            # QEMU has died, and with it what had been written: whatever has memory may be alive.
+            alive = self.guest.memory.populated()
+        ranking.revive(self.outbox, alive)
         live = PageSet.from_mask(self.outbox.rank != NEVER)
         control.send_pages(messages.LIVE, live, messages.Live())
         self._order(Send(0, self.outbox.pages, ranking.LAST, paced=True))
@@ -574,7 +608,9 @@ class Outgoing:
     def _arrived(self, message: messages.Arrived) -> None:
         self.findings.arrived = message
         self._on(Event.ARRIVED)
-        # The VM is whole over there: what is left here is memory to give back.
+
+    def _end_vmm(self) -> None:
+        """The VM is whole over there: what is left here is memory to give back."""
         qemu_process.end(self._vmm)
 
     def _give_up(self, error: BaseException) -> None:
@@ -599,6 +635,8 @@ class Outgoing:
         with contextlib.suppress(OutboardError, OSError):
             if self._departure is not None:
                 self._departure.undo()
+            else:
+                take_back(self.guest.monitor)
         with contextlib.suppress(OutboardError, OSError):
             if self._trace is not None:
                 self._trace.close()
@@ -656,7 +694,10 @@ class Outgoing:
     def _pump(self, timeout: float) -> None:
         """Take in whatever anybody has to say."""
         control = self._control.channel if self._control is not None else None
-        speakers: dict[int, Callable[[], None]] = {self._desk.fileno(): self._take_order, self._vmm: self._mourn}
+        speakers: dict[int, Callable[[], None]] = {self._desk.fileno(): self._take_order}
+        if self.machine.safe_at is Where.SOURCE:
+            # Later it is only its memory that counts, and that outlives it.
+            speakers[self._vmm] = self._mourn
         if control is not None:
             speakers[control.fileno()] = self._take_frame
         elif self._streams:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import KernelError, RefusedError
+from outboard.errors import KernelError, OutboardError, RefusedError
 from outboard.linux.userfaultfd import Features, Mode
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
@@ -27,12 +29,14 @@ from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest, Region
 
 _FEATURES = Features.MISSING_SHMEM | Features.MINOR_SHMEM
+_MODE = Mode.MISSING | Mode.MINOR
 
 
 class ArrivingMemory:
     """The memory of one guest, absent at first.
 
     :param guest: attached, its vCPUs stopped; all that its memory holds is thrown away.
+    :param journal: a directory of its own for a successor to find out what has arrived.
     :raise RefusedError: ``large-pages``: memory in hugetlb pages cannot be placed page by page.
     :raise KernelError: injection or registration failed.
 
@@ -40,7 +44,7 @@ class ArrivingMemory:
     the bulk then share it, and the kernel decides between them. ``running`` changes once, before the guest resumes.
     """
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, journal: Path) -> None:
         for region in guest.regions:
             if region.page_size != PAGE_SIZE:
                 raise RefusedError(
@@ -48,15 +52,35 @@ class ArrivingMemory:
                     f"{guest.name}: its memory at {region.gpa:#x} is in pages of {region.page_size >> 20} MiB, and "
                     f'pages are placed {PAGE_SIZE} bytes at a time; start the VM with page_size = "4KiB" to migrate it',
                 )
-        self.guest = guest
-        self.residency = Residency(guest.pages)
-        self.waiting: NDArray[np.uint8] = shared_array(guest.pages, np.uint8)
-        self._running: NDArray[np.uint8] = shared_array(1, np.uint8)
         # QEMU's own reset has written to a fresh destination; a page that is present would never fault.
         for region in guest.regions:
             guest.memory.punch(region.first, region.pages)
-        self._clamp = Clamp.inject(guest, _FEATURES, Mode.MISSING | Mode.MINOR)
-        self.uffd = self._clamp.uffd
+        self._hold(guest, journal, Clamp.inject(guest, _FEATURES, _MODE))
+
+    def _hold(self, guest: Guest, journal: Path, clamp: Clamp) -> None:
+        self.guest = guest
+        self.residency = Residency(guest.pages, journal, arriving=True)
+        self.waiting: NDArray[np.uint8] = shared_array(guest.pages, np.uint8)
+        self._running: NDArray[np.uint8] = shared_array(1, np.uint8)
+        self._clamp = clamp
+        self.uffd = clamp.uffd
+
+    @classmethod
+    def take_again(cls, guest: Guest, journal: Path) -> Self:
+        """Take over the memory of a guest that runs, from an engine that has died.
+
+        :raise OutboardError: nobody holds it.
+        """
+        clamp = Clamp.take_again(guest, _MODE)
+        if clamp is None:
+            raise OutboardError(f"the memory of {guest.name} is held by nobody: what is missing there is lost")
+        memory = cls.__new__(cls)
+        memory._hold(guest, journal, clamp)
+        memory.run()
+        # What is present is the truth: the engine may have died before it noted a page that it had placed.
+        memory.residency.where[guest.memory.populated().mask()] = Where.RESIDENT
+        memory.wake_all()
+        return memory
 
     @property
     def running(self) -> bool:

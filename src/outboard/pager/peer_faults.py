@@ -92,7 +92,8 @@ class PeerFaultServer:
         uffd, answers = self._memory.uffd.fileno(), self._peer.fileno()
         poll = select.poll()
         for fd in (uffd, answers, self._commands.fileno()):
-            poll.register(fd, select.POLLIN)
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
         while True:
             for fd, _ in poll.poll():
                 try:

@@ -57,7 +57,8 @@ STORED = (Where.POOL, Where.FILE)
 class Residency:
     """Where each of ``pages`` pages is.
 
-    In anonymous memory, all of them at the peer; or in the directory ``journal``, all resident when it is new.
+    In anonymous memory, or in the directory ``journal``. At first all are at the peer if the guest is ``arriving``, and
+    resident otherwise.
     ``where`` (uint8) and ``locator`` (uint64) are the live arrays that hot loops index.
 
     :raise OutboardError: the journal is another number of pages'.
@@ -69,7 +70,7 @@ class Residency:
 
     __slots__ = ("locator", "pages", "where")
 
-    def __init__(self, pages: int, journal: Path | None = None) -> None:
+    def __init__(self, pages: int, journal: Path | None = None, *, arriving: bool = False) -> None:
         self.pages = pages
         self.where: NDArray[np.uint8]
         self.locator: NDArray[np.uint64]
@@ -77,13 +78,12 @@ class Residency:
             self.where = shared_array(pages, np.uint8)
             self.locator = shared_array(pages, np.uint64)
         else:
-            fresh = not (journal / "where").exists()
             self.locator = file_array(journal / "locator", pages, np.uint64)
             self.where = file_array(journal / "where", pages, np.uint8)
-            # Nothing has gone anywhere before every entry of a new journal says RESIDENT; dying here leaves PEER, which
-            # a guest that did not arrive never has.
-            if fresh or bool((self.where == Where.PEER).any()):
-                self.where[self.where == Where.PEER] = Where.RESIDENT
+        # Nothing has gone anywhere before every entry of a new journal says RESIDENT; dying here leaves PEER, which a
+        # guest that does not arrive never has.
+        if not arriving:
+            self.where[self.where == Where.PEER] = Where.RESIDENT
 
     def went(self, pages: NDArray[np.int64], where: Where, locators: NDArray[np.uint64]) -> None:
         """Note that pages are in a store, before their memory is given up."""

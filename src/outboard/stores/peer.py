@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from outboard.errors import UnreachableError
 from outboard.wire.channel import Channel
 from outboard.wire.urgent import Asking
 
@@ -16,22 +17,25 @@ from outboard.wire.urgent import Asking
 class PeerStore:
     """The asking end of the urgent stream.
 
-    Until :meth:`open` requests are held: the peer's memory is not final before its guest has stopped.
+    Until :meth:`open` requests are held: the peer's memory is not final before its guest has stopped. Without a channel
+    they are held for whoever comes after us.
 
     Synchronization: one process uses it.
     """
 
-    def __init__(self, channel: Channel) -> None:
-        self._stream = Asking(channel)
+    def __init__(self, channel: Channel | None) -> None:
+        self._stream = None if channel is None else Asking(channel)
         self._asked: dict[int, int] = {}
         self._held: list[int] | None = []
 
     def fileno(self) -> int:
-        """Readable when an answer has come."""
-        return self._stream.fileno()
+        """Readable when an answer has come; -1 without a channel."""
+        return -1 if self._stream is None else self._stream.fileno()
 
     def open(self) -> None:
         """The peer's memory is final: send what was held, and hold nothing from now on."""
+        if self._stream is None:
+            raise UnreachableError("there is no peer to open")
         held, self._held = self._held, None
         if held:
             self._stream.ask(held)
@@ -48,8 +52,8 @@ class PeerStore:
             if page not in self._asked:
                 self._asked[page] = now
                 new.append(page)
-        if self._held is not None:
-            self._held.extend(new)
+        if self._held is not None or self._stream is None:
+            self._held = [*(self._held or ()), *new]
         elif new:
             self._stream.ask(new)
 
@@ -60,4 +64,4 @@ class PeerStore:
 
     def fetched(self) -> Iterator[tuple[int, int | None]]:
         """What has come, as :meth:`outboard.wire.urgent.Asking.answers`."""
-        return self._stream.answers()
+        return iter(()) if self._stream is None else self._stream.answers()

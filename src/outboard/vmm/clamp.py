@@ -76,7 +76,7 @@ class Clamp:
 
         Whoever made it must be gone: two would take each other's faults.
 
-        :param mode: what it was registered for, write-protection among that.
+        :param mode: what it was registered for: write-protection or minor faults among that.
         :raise KernelError: the process has ended.
         """
         for number, link in proc.descriptors(guest.pid).items():
@@ -85,8 +85,7 @@ class Clamp:
             uffd = Userfaultfd(_duplicate(guest.pid, number))
             clamp = cls(guest, uffd, mode, number)
             try:
-                # ENOENT: nobody has the memory, so a userfaultfd that lies about is somebody else's affair.
-                uffd.write_protect(guest.regions[0].hva, PAGE_SIZE, protect=False)
+                clamp._see_that_it_is_held()
                 clamp._register()
             except KernelError as error:
                 uffd.close()
@@ -105,6 +104,17 @@ class Clamp:
         clamp = cls(guest, uffd, mode, None)
         clamp._ours += guest.regions
         return clamp
+
+    def _see_that_it_is_held(self) -> None:
+        """By anybody: registering it again tells whether by us. What is asked for changes nothing.
+
+        :raise KernelError: ENOENT: nobody has the memory, so a userfaultfd that lies about is somebody else's affair.
+        """
+        start = self.guest.regions[0].hva
+        if self.mode & Mode.WP:
+            self.uffd.write_protect(start, PAGE_SIZE, protect=False)
+        elif self.uffd.continue_(start, PAGE_SIZE) == -errno.ENOENT:
+            raise KernelError(f"UFFDIO_CONTINUE at {start:#x} of {self.guest.name}", errno.ENOENT)
 
     def _register(self) -> None:
         for region in self.guest.regions:

@@ -49,6 +49,27 @@ def _runs(monitor: Monitor) -> bool:
     return isinstance(answer, dict) and bool(answer.get("running"))
 
 
+def take_back(monitor: Monitor, timeout: float = 10.0) -> None:
+    """Have the guest run here that was on its way out, also when whoever sent it has died.
+
+    One that no migration has stopped is left as it is.
+
+    :raise UnreachableError: the VMM has ended.
+    """
+    answer = monitor.execute("query-migrate")
+    if not isinstance(answer, dict) or answer.get("status", "none") == "none":
+        return
+    monitor.execute("migrate_cancel")
+    answer = monitor.execute("query-migrate")
+    while isinstance(answer, dict) and answer.get("status") in ("cancelling", "pre-switchover", "device"):
+        monitor.wait_event({"MIGRATION"}, timeout)
+        answer = monitor.execute("query-migrate")
+    # Cancelled before it had completed, QEMU runs the guest by itself; afterwards it waits for us.
+    if not _runs(monitor):
+        monitor.execute("cont")
+    _set_capabilities(monitor, _CAPABILITIES, False)
+
+
 class Departure:
     """Device state on its way out of the source's QEMU.
 
@@ -106,17 +127,10 @@ class Departure:
 
         :raise UnreachableError: the VMM has ended.
         """
-        monitor = self._guest.monitor
         if self._started:
-            monitor.execute("migrate_cancel")
-            answer = monitor.execute("query-migrate")
-            while isinstance(answer, dict) and answer.get("status") in ("cancelling", "pre-switchover", "device"):
-                monitor.wait_event({"MIGRATION"}, timeout)
-                answer = monitor.execute("query-migrate")
-            # Cancelled before it had completed, QEMU runs the guest by itself; afterwards it waits for us.
-            if not _runs(monitor):
-                monitor.execute("cont")
-        _set_capabilities(monitor, _CAPABILITIES, False)
+            take_back(self._guest.monitor, timeout)
+        else:
+            _set_capabilities(self._guest.monitor, _CAPABILITIES, False)
 
     def close(self) -> None:
         """Remove the socket. Idempotent."""

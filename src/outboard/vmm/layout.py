@@ -1,0 +1,53 @@
+"""A guest as it was attached, kept in a file for an engine that comes after us.
+
+A guest that waits for a page may answer no QMP, so nobody can attach to it anew; what it looks like does not change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from outboard.errors import KernelError
+from outboard.linux import proc
+from outboard.vmm.guest import Guest, Region, VCpu
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """With ``start_time``, in clock ticks since boot, the pid is a process for good."""
+
+    name: str
+    pid: int
+    start_time: int
+    regions: tuple[Region, ...]
+    vcpus: tuple[VCpu, ...]
+
+    @classmethod
+    def keep(cls, guest: Guest, path: Path) -> Self:
+        """The layout of ``guest``, written to ``path``.
+
+        :raise KernelError: it has ended.
+        """
+        layout = cls(guest.name, guest.pid, proc.start_time(guest.pid), guest.regions, guest.vcpus)
+        fresh = path.with_name(f"{path.name}.new")
+        fresh.write_bytes(msgspec.json.encode(layout))
+        fresh.rename(path)
+        return layout
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """What :meth:`keep` has written, if that guest still runs."""
+        try:
+            layout = msgspec.json.decode(path.read_bytes(), type=cls)
+            return layout if proc.start_time(layout.pid) == layout.start_time else None
+        except (FileNotFoundError, KernelError):
+            return None
+
+    def guest(self) -> Guest:
+        """The guest: its memory and threads, without a monitor.
+
+        :raise KernelError: it has ended.
+        """
+        return Guest(self.name, self.pid, self.regions, self.vcpus)
