@@ -7,7 +7,7 @@ from outboard.pages.residency import Residency, Where
 
 
 def test_a_forked_process_writes_what_we_read() -> None:
-    residency = Residency(16)
+    residency = Residency(16, arriving=True)
     assert residency.count(Where.PEER) == 16
     child = os.fork()
     if child == 0:

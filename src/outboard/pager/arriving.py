@@ -52,10 +52,11 @@ class ArrivingMemory:
                     f"{guest.name}: its memory at {region.gpa:#x} is in pages of {region.page_size >> 20} MiB, and "
                     f'pages are placed {PAGE_SIZE} bytes at a time; start the VM with page_size = "4KiB" to migrate it',
                 )
+        # Thrown away only when it is ours: it may be somebody's who is not to be disturbed.
+        self._hold(guest, journal, Clamp.inject(guest, _FEATURES, _MODE))
         # QEMU's own reset has written to a fresh destination; a page that is present would never fault.
         for region in guest.regions:
             guest.memory.punch(region.first, region.pages)
-        self._hold(guest, journal, Clamp.inject(guest, _FEATURES, _MODE))
 
     def _hold(self, guest: Guest, journal: Path, clamp: Clamp) -> None:
         self.guest = guest

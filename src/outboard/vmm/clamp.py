@@ -113,8 +113,13 @@ class Clamp:
         start = self.guest.regions[0].hva
         if self.mode & Mode.WP:
             self.uffd.write_protect(start, PAGE_SIZE, protect=False)
-        elif self.uffd.continue_(start, PAGE_SIZE) == -errno.ENOENT:
-            raise KernelError(f"UFFDIO_CONTINUE at {start:#x} of {self.guest.name}", errno.ENOENT)
+            return
+        try:
+            self.uffd.continue_(start, PAGE_SIZE)
+        except KernelError as error:
+            # EFAULT: the page is absent, in memory that somebody holds.
+            if error.errno != errno.EFAULT:
+                raise
 
     def _register(self) -> None:
         for region in self.guest.regions:
