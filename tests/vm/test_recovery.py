@@ -178,3 +178,29 @@ def test_a_destination_that_is_lost_after_the_commit_is_told_of(vm: Vm) -> None:
     assert "has ended" in str(last["error"])
     with vm.record("a").attach() as guest:
         assert not guest.monitor.execute("query-status")["running"]
+
+
+def test_both_agents_and_an_engine_die_after_the_commit(image: Image) -> None:
+    with Cluster(33) as cluster:
+        vm = Vm(cluster, image, "web")
+        vm.write()
+        killed = False
+        for report in reports(cluster.a, vm.name, "b", *POST_COPY):
+            if report["state"] == "postcopy" and not killed:
+                killed = True
+                engines = [host.engine() for host in cluster.hosts.values()]
+                for host in cluster.hosts.values():
+                    host.kill_agent()
+                for engine in engines:
+                    os.kill(engine, signal.SIGKILL)
+                for host in cluster.hosts.values():
+                    host.start_agent()
+        assert killed
+
+        def completed() -> bool:
+            lines = cluster.a.outboard("history", vm.name, "-o", "ndjson").stdout.splitlines()
+            return any(json.loads(line)["state"] == "completed" for line in lines)
+
+        wait_for(completed, "the end of the migration")
+        runs_only_at(vm, "b")
+        vm.verify("b")

@@ -189,19 +189,30 @@ class Agent:
         """Find the migrations whose engines died while no agent was there."""
         loop = asyncio.get_running_loop()
         for record in self._registry.list():
-            for name, kind in ((DEPARTING, Depart), (ARRIVING, Receive)):
-                journal = record.directory / name
-                if journal.exists():
-                    threading.Thread(target=self._adopt_one, args=(journal, kind, loop), daemon=True).start()
+            for name in (DEPARTING, ARRIVING):
+                if (record.directory / name).exists():
+                    threading.Thread(target=self._adopt_one, args=(record, name, loop), daemon=True).start()
 
-    def _adopt_one(self, journal: Path, kind: type[Depart] | type[Receive], loop: asyncio.AbstractEventLoop) -> None:
+    def _adopt_one(self, record: VmRecord, name: str, loop: asyncio.AbstractEventLoop) -> None:
         """Wait for the end of the engine that is at work, if there is one, and see to what it leaves."""
-        os.close(only_one(journal, wait=True))
-        task = left_task(journal, kind)
-        if isinstance(task, Depart):
-            loop.call_soon_threadsafe(self._begin, msgspec.structs.replace(task, again=True))
-        elif isinstance(task, Receive):
-            self._succeed_receiving(task)
+        journal = record.directory / name
+        try:
+            os.close(only_one(journal, wait=True))
+        except FileNotFoundError:
+            return
+        if name == DEPARTING:
+            leaving = left_task(journal, Depart)
+            if leaving is not None:
+                loop.call_soon_threadsafe(self._begin, msgspec.structs.replace(leaving, again=True))
+            elif journal.exists():
+                self._take_back(record)
+            return
+        coming = left_task(journal, Receive)
+        if coming is not None:
+            self._succeed_receiving(coming)
+        elif journal.exists():
+            # It had not come so far that the VM could have been ours.
+            stop(record, self._registry)
 
     def _follow(self, running: Running) -> None:
         async def keep() -> None:
@@ -324,12 +335,7 @@ class Agent:
         prepare = task.prepare
         with contextlib.closing(pipe):
             try:
-                while True:
-                    report: Ready | Ended | Refused = msgspec.json.decode(
-                        pipe.recv_bytes(), type=Ready | Ended | Refused
-                    )
-                    if not isinstance(report, Ready):
-                        break
+                report: Ended | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Ended | Refused)
             except (EOFError, OSError):
                 log.error("an incoming engine died", migration=prepare.migration, vm=prepare.vm)
                 return False

@@ -221,7 +221,7 @@ def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
 def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:
     """Take the VM in, and end its QEMU if it stays where it was."""
     if work.again:
-        _receive_again(work, desk, registry, identity)
+        _receive_again(work, registry, identity)
     else:
         _receive_first(work, desk, registry, identity)
     desk.report(Ended(why=None))
@@ -243,13 +243,12 @@ def _receive_first(work: Receive, desk: PipeDesk, registry: Registry, identity: 
     shutil.rmtree(registry.get(work.prepare.vm).directory / ARRIVING)
 
 
-def _receive_again(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:
+def _receive_again(work: Receive, registry: Registry, identity: Path) -> None:
     """Go on in the place of an engine that died when the VM was here already."""
     record = registry.get(work.prepare.vm)
     journal = record.directory / ARRIVING
     with contextlib.ExitStack() as until_end:
         until_end.callback(os.close, only_one(journal))
-        desk.report(Ready(port=0, tokens={}))
         layout = Layout.load(journal / _LAYOUT)
         if layout is None:
             raise NeedsRecoveryError(f"QEMU of {work.prepare.vm} has ended")
