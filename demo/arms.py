@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .figures import Outcome
-from .hosts import Namespace, Testbed, TestbedError
+from .hosts import NETNS, Namespace, Testbed, TestbedError
 from .monitors import VmMonitor
 from .vms import Job, Vm
 
@@ -95,7 +95,7 @@ class Hosts:
 
         :raise TestbedError: it failed.
         """
-        command = ["ip", "netns", "exec", host.name, str(OUTBOARD), *arguments]
+        command = ["nsenter", f"--net={NETNS / host.name}", str(OUTBOARD), *arguments]
         environment = os.environ | self.environment(host)
         try:
             done = subprocess.run(

@@ -107,7 +107,8 @@ class Namespace:
         Ctrl-C then reaches the demo alone, which ends its children itself.
         """
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.name, *command],
+            # Not `ip netns exec`, which hides what is mounted below /sys, the cgroups too.
+            ["nsenter", f"--net={NETNS / self.name}", *command],
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,

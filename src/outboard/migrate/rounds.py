@@ -76,6 +76,7 @@ class Rounds:
         self._send, self._elapsed = send, elapsed
         self._written = PageSet(outbox.pages)
         self._armed_at = self._due = 0.0
+        self._due_pages = 0
         self._ran: dict[int, float] = {}
         self.done: list[Round] = []
         self.resent_pages = 0
@@ -87,14 +88,16 @@ class Rounds:
 
         :raise OutboardError: the peer or the guest is gone, or it was cancelled.
         """
-        left = len(self._outbox.unsent())
+        last = Done(0, 0.0, True)
         while True:
             done = self._round()
-            before, left = left, len(self._written)
+            before, left = self._due_pages, len(self._written)
             share = self.throttle.share
             self.done.append(Round(sent_pages=before, seconds=done.seconds, dirty_pages=left, share=share))
             self.dirty_rate = left * PAGE_SIZE / done.seconds if done.seconds else None
-            rate = done.octets / PAGE_SIZE / done.seconds if done.seconds else 0.0
+            # Over two rounds: the last ones are too short to tell.
+            octets, seconds = done.octets + last.octets, done.seconds + last.seconds
+            rate, last = octets / PAGE_SIZE / seconds if seconds else 0.0, done
             goal = rate * max(0.0, self._options.max_downtime - _DEVICES_S)
             if left <= goal:
                 return
@@ -114,6 +117,11 @@ class Rounds:
         self.throttle.release(self._elapsed())
 
     def _round(self) -> Done:
+        # From here on it is known since when the trace is armed, and that nobody was let off the hold meanwhile.
+        written = self._trace.collect()
+        ranking.revive(self._outbox, written)
+        self._outbox.again(written & self._outbox.already_sent(), ranking.UNCLASSED)
+        self._due_pages = len(self._outbox.unsent())
         self._armed_at, self._due = time.monotonic(), _FIRST_LOOK_S
         self._ran = self._processor_seconds()
         done = self._send(self._look)

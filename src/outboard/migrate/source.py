@@ -360,6 +360,7 @@ class Outgoing:
         self.copied = Rounds(
             self.guest, self.outbox, self._trace, self.options, send, lambda: self.watch.elapsed, self._throttle_gain
         )
+        # Held back until it has stopped: what it writes before that is sent in the pause.
         self._cleanup.callback(self.copied.release)
         self.watch.rounds = self.copied
         self.copied.run()
@@ -373,9 +374,6 @@ class Outgoing:
         if control is None or departure is None:
             raise AssertionError("a migration that is not prepared cannot switch over")
         self._on(Event.SWITCH)
-        if self.copied is not None:
-            # A vCPU that is held back may take a while to stop.
-            self.copied.release()
         threading.Thread(target=self._forward, args=(departure, control), name="device-state", daemon=True).start()
         departure.begin_pause()
         self.findings.stopped_at = departure.wait_paused(_STEP_S)

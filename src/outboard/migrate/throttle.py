@@ -30,12 +30,13 @@ from typing import Protocol
 from outboard.errors import OutboardError
 from outboard.migrate.report import Slowed
 
-SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
+SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02)
 IMPATIENCE = 0.25
 _MOST_ROUNDS = 100
 _SHRINKS = 0.98
 """Rounds that leave more than this part of the one before do not end."""
 _GAINS = (0.5, 4.0)
+_WELL_BELOW = 0.5
 
 
 class Growth:
@@ -104,9 +105,15 @@ def forecast(growth: Growth, left: float, rate: float, goal: float, share: float
     return Forecast(share, math.inf)
 
 
-def choose(growth: Growth, left: float, rate: float, goal: float, gain: float = 1.0) -> Forecast:
-    """The share that costs least; the smallest that there is when none helps."""
-    found = [forecast(growth, left, rate, goal, share, gain) for share in SHARES]
+def choose(growth: Growth, left: float, rate: float, goal: float, gain: float = 1.0, most: float = 1.0) -> Forecast:
+    """The share up to ``most`` that costs least; the smallest that there is when none helps.
+
+    Whoever is held back already is let go altogether, when what it would write in the next round is well below the
+    goal, or not at all: near the goal a forecast is not as good as that.
+    """
+    if most < 1 and growth.within(left / rate) < _WELL_BELOW * goal:
+        return Forecast(1.0, left / rate)
+    found = [forecast(growth, left, rate, goal, share, gain) for share in SHARES if share <= most]
     best = min(found, key=lambda one: (one.cost, -one.share))
     return best if math.isfinite(best.cost) else found[-1]
 
@@ -156,7 +163,7 @@ class Throttle:
         if self._expected and self.share < 1:
             low, high = _GAINS
             self.gain = min(high, max(low, self.gain * left / self._expected))
-        chosen = choose(self.growth, left, rate, goal, self.gain)
+        chosen = choose(self.growth, left, rate, goal, self.gain, self.share)
         self._expected = self.gain * self.growth.within(chosen.share * left / rate)
         alone = forecast(self.growth, left, rate, goal, 1.0, self.gain)
         if chosen.share == self.share:
@@ -185,7 +192,7 @@ class Throttle:
             brake.release()
             if self.share < 1:
                 self.share = 1.0
-                self.steps.append(Slowed(elapsed, 1.0, self._who, "the rounds are over"))
+                self.steps.append(Slowed(elapsed, 1.0, self._who, "the migration is over"))
 
 
 def _why(chosen: Forecast, alone: Forecast, left: int, rate: float) -> str:

@@ -24,7 +24,7 @@ from outboard.vmm.guest import Guest, Region
 
 _BLOCK = 64
 _BLOCKS = 8
-_ENOUGH = 200
+_ENOUGH = 50
 _FEATURES = Features.PAGEFAULT_FLAG_WP | Features.WP_HUGETLBFS_SHMEM | Features.THREAD_ID
 
 
