@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from outboard.agent.verdicts import Verdicts
-from outboard.errors import NotAuthorisedError
+from outboard.errors import NotAuthorisedError, PeerError
 
 
 def test_the_first_verdict_stands(tmp_path: Path) -> None:
@@ -40,9 +40,19 @@ def test_only_the_source_of_a_migration_may_ask(tmp_path: Path) -> None:
         verdicts.coming("one", "a")
     verdicts.expect("one", "a", "web")
     assert verdicts.coming("one", "a") == "web"
-    for migration, source in (("one", "b"), ("../one", "b"), ("two", "a")):
+    for migration, source in (("one", "b"), ("two", "a")):
         with pytest.raises(NotAuthorisedError):
             verdicts.coming(migration, source)
+
+
+@pytest.mark.parametrize("migration", ["", "..", "../one", "a/b", "x" * 65, "one.json", "\n"])
+def test_what_is_no_id_makes_no_file(migration: str, tmp_path: Path) -> None:
+    verdicts = Verdicts(tmp_path / "incoming")
+    with pytest.raises(PeerError):
+        verdicts.expect(migration, "a", "web")
+    with pytest.raises(PeerError):
+        verdicts.refuse(migration)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
 def test_the_end_is_kept_for_whoever_asks_again(tmp_path: Path) -> None:

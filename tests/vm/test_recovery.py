@@ -178,6 +178,10 @@ def test_a_destination_that_is_lost_after_the_commit_is_told_of(vm: Vm) -> None:
     assert "has ended" in str(last["error"])
     with vm.record("a").attach() as guest:
         assert not guest.monitor.execute("query-status")["running"]
+    refused = vm.cluster.a.outboard("migrate", vm.name, "b")
+    assert refused.returncode == 4
+    assert "was given to b" in refused.stderr
+    assert vm.cluster.a.outboard("stop", vm.name).returncode == 0
 
 
 def test_both_agents_and_an_engine_die_after_the_commit(image: Image) -> None:

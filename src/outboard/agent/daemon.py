@@ -128,7 +128,7 @@ class Agent:
         """Begin a migration.
 
         :raise NotFoundError: no such VM or host.
-        :raise RefusedError: ``migrating``: that VM is already on its way.
+        :raise RefusedError: ``migrating``: that VM is already on its way; ``managed``; ``given-away``: it has left.
         """
         target = self._config.find(request.host)
         record = self._registry.get(request.vm)
@@ -141,6 +141,14 @@ class Agent:
                 "managed",
                 f"the memory of {record.name} is managed, some of it may be away; outboard release {record.name} "
                 "brings it back, then migrate",
+            )
+        given = left_task(record.directory / DEPARTING, Depart)
+        if given is not None:
+            raise RefusedError(
+                "given-away",
+                f"{record.name} was given to {given.destination.name} by migration {given.migration}, and stands still "
+                f"here; outboard explain {given.migration} says why. Only if it does not run there: remove "
+                f"{record.directory / DEPARTING} and let QEMU go on (QMP cont), or outboard stop {record.name}",
             )
         migration = secrets.token_hex(8)
         task = Depart(

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import time
 from pathlib import Path
 
 import msgspec
 
-from outboard.errors import NotAuthorisedError
+from outboard.errors import NotAuthorisedError, PeerError
 
 _COMMITTED, _REFUSED = "committed", "refused"
+_ID = re.compile("[0-9a-zA-Z-]{1,64}")
 _KEPT_S = 30 * 86_400
 """A source that has not asked for a month has been told, or is gone."""
 
@@ -38,10 +40,16 @@ class Verdicts:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    def _file(self, migration: str, kind: str) -> Path:
+        """The id comes from another host, and becomes the name of a file."""
+        if not _ID.fullmatch(migration):
+            raise PeerError(f"{migration!r} is no id of a migration")
+        return self.directory / f"{migration}.{kind}"
+
     def _decide(self, migration: str, verdict: str) -> bool:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place = self.directory / f"{migration}.verdict"
-        draft = self.directory / f"{migration}.{secrets.token_hex(4)}"
+        place = self._file(migration, "verdict")
+        draft = self._file(migration, secrets.token_hex(4))
         with draft.open("w") as file:
             file.write(verdict)
             file.flush()
@@ -60,10 +68,13 @@ class Verdicts:
         return True
 
     def expect(self, migration: str, source: str, vm: str) -> None:
-        """A migration of ``vm`` from ``source`` is coming."""
+        """A migration of ``vm`` from ``source`` is coming.
+
+        :raise PeerError: its id is none.
+        """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._prune()
-        (self.directory / f"{migration}.json").write_bytes(msgspec.json.encode(_Coming(source, vm)))
+        self._file(migration, "json").write_bytes(msgspec.json.encode(_Coming(source, vm)))
 
     def coming(self, migration: str, source: str) -> str:
         """The VM of a migration from ``source``.
@@ -71,7 +82,7 @@ class Verdicts:
         :raise NotAuthorisedError: no such migration was announced, or not by that host.
         """
         try:
-            found = msgspec.json.decode((self.directory / f"{Path(migration).name}.json").read_bytes(), type=_Coming)
+            found = msgspec.json.decode(self._file(migration, "json").read_bytes(), type=_Coming)
         except FileNotFoundError:
             found = None
         if found is None or found.source != source:
@@ -88,12 +99,12 @@ class Verdicts:
 
     def note_arrived(self, migration: str, message: bytes) -> None:
         """No page is missing any more; ``message`` is what the source is told of it, also when it asks again."""
-        (self.directory / f"{migration}.arrived").write_bytes(message)
+        self._file(migration, "arrived").write_bytes(message)
 
     def arrived(self, migration: str) -> bytes | None:
         """What :meth:`note_arrived` has kept."""
         try:
-            return (self.directory / f"{migration}.arrived").read_bytes()
+            return self._file(migration, "arrived").read_bytes()
         except FileNotFoundError:
             return None
 

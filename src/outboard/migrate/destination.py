@@ -24,9 +24,9 @@ from outboard.errors import (
 from outboard.linux import pidfd, sched
 from outboard.migrate import messages
 from outboard.migrate.conversation import Conversation
+from outboard.migrate.digests import digests
 from outboard.migrate.messages import Prepare
 from outboard.migrate.receiving import BulkReceiver
-from outboard.migrate.source import digests
 from outboard.migrate.worker import Worker
 from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.peer_faults import FaultCounters, PeerFaultServer

@@ -32,6 +32,7 @@ from outboard.linux import pidfd, sched
 from outboard.migrate import messages, ranking
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.desk import Cancel, Desk, Destination, Limit
+from outboard.migrate.digests import digests
 from outboard.migrate.hinting import Classed, Told, ask, decode_hint
 from outboard.migrate.messages import Message
 from outboard.migrate.method import EARLY_SECONDS, PAUSE_MOST_S, PAUSE_SHARE, Method, Options
@@ -42,13 +43,12 @@ from outboard.migrate.sending import Answerer, BulkSender, Done, Say, Send, deco
 from outboard.migrate.states import Event, Machine, State, Where
 from outboard.migrate.worker import Worker
 from outboard.pages import PAGE_SIZE
-from outboard.pages.content import page_digests
 from outboard.pages.pageset import PageSet
 from outboard.trace.idle import IdleTrace
 from outboard.trace.writes import WriteTrace, open_write_trace
 from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure, take_back
-from outboard.vmm.guest import Guest, QemuGuest
+from outboard.vmm.guest import QemuGuest
 from outboard.wire import tls
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind
@@ -59,7 +59,6 @@ _TICK_S = 0.05
 _RETRY_S, _RETRY_MOST_S = 0.2, 5.0
 """Between two calls to a destination that does not answer: at first, and at most."""
 _CALL_S = 5.0
-_DIGEST_PAGES = 256
 _UNPACED = 100e6
 """Bytes/s that a link of unknown rate is taken to carry."""
 
@@ -749,15 +748,3 @@ class Outgoing:
         report = worker.hear(0)
         if report is not None and worker is self._bulk:
             self._done.append(decode_done.decode(report))
-
-
-def digests(guest: Guest, pages: PageSet) -> NDArray[np.uint64]:
-    """The digest of each of ``pages``, ascending, read through the guest's files."""
-    buffer: NDArray[np.uint8] = np.empty(_DIGEST_PAGES * PAGE_SIZE, dtype=np.uint8)
-    found: list[NDArray[np.uint64]] = []
-    for first, count in pages:
-        for at in range(0, count, _DIGEST_PAGES):
-            part = buffer[: min(_DIGEST_PAGES, count - at) * PAGE_SIZE]
-            guest.memory.read_into(first + at, part.data)
-            found.append(page_digests(part))
-    return np.concatenate(found) if found else np.empty(0, dtype=np.uint64)
