@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from guest.build import COMMAND_LINE, Image
-from outboard.errors import KernelError
+from outboard.errors import KernelError, UnreachableError
 from outboard.linux import proc
 from outboard.vmm.guest_agent import GuestAgent
 from outboard.vmm.registry import Registry, VmRecord
@@ -169,10 +169,18 @@ class Vm:
         """Give the guest's dirty job an order, through the guest agent."""
         path = self.record(host).agent_socket
         assert path is not None
-        with GuestAgent(path, timeout=60) as agent:
-            status, said = agent.run("/bin/sh", "-c", f"echo '{line}' | nc -w 50 127.0.0.1 7000")
+        try:
+            status, said = self._run(path, line)
+        except UnreachableError:
+            # Once in some hundred boots an order to a guest agent that has just started is lost.
+            status, said = self._run(path, line)
         assert status == 0
         return said.decode().strip()
+
+    @staticmethod
+    def _run(path: Path, line: str) -> tuple[int, bytes]:
+        with GuestAgent(path, timeout=60) as agent:
+            return agent.run("/bin/sh", "-c", f"echo '{line}' | nc -w 50 127.0.0.1 7000")
 
     def write(self, mebibytes: int = 64, rate: int = 5000) -> None:
         """Have the guest write ``rate`` pages/s of a working set, from its boot host on."""

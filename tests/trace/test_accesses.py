@@ -58,10 +58,19 @@ def some(guest: Guest, *numbers: int) -> PageSet:
     return PageSet.from_numbers(guest.pages, np.array(numbers, dtype=np.int64))
 
 
+def arm(trace: AccessTrace, pages: PageSet) -> None:
+    """Arm all of ``pages``: those that a processor has in hand for its LRU lists, which cannot be zapped, once more."""
+    deadline = time.monotonic() + 10
+    while left := pages - trace.arm(pages):
+        assert time.monotonic() < deadline, left
+        pages = left
+        time.sleep(0.01)
+
+
 def test_armed_pages_are_told_of_once(target: Target, guest: Guest, trace: AccessTrace) -> None:
     # Not the last ones that the target has made: a processor holds those in hand, and MADV_PAGEOUT leaves them alone.
     wanted = some(guest, 3, 4, 5, 700, 4000)
-    assert trace.arm(wanted) == wanted
+    arm(trace, wanted)
     assert len(trace.collect()) == 0
     for order in ("r 700", "w 4 9", "r 6", "r 700", "w 700 1"):
         target.ask(order)
@@ -70,7 +79,7 @@ def test_armed_pages_are_told_of_once(target: Target, guest: Guest, trace: Acces
     assert len(trace.collect()) == 0
     target.ask("r 700")
     assert len(trace.collect()) == 0
-    assert trace.arm(some(guest, 700)) == some(guest, 700)
+    arm(trace, some(guest, 700))
     assert target.ask("r 700") == "1"
     assert trace.collect()["page"].tolist() == [700]
     told = trace.statistics()
@@ -78,7 +87,7 @@ def test_armed_pages_are_told_of_once(target: Target, guest: Guest, trace: Acces
 
 
 def test_a_write_is_told_from_a_read(target: Target, guest: Guest, trace: AccessTrace) -> None:
-    assert len(trace.arm(some(guest, *range(100, 140)))) == 40
+    arm(trace, some(guest, *range(100, 140)))
     for page in range(100, 140, 2):
         target.ask(f"r {page}")
         target.ask(f"w {page + 1} 1")
@@ -113,11 +122,11 @@ def test_the_moment_lies_between_two_bounds(target: Target, trace: AccessTrace) 
 
 
 def test_disarmed_pages_are_not_told_of(target: Target, guest: Guest, trace: AccessTrace) -> None:
-    trace.arm(some(guest, 1, 2, 3))
+    arm(trace, some(guest, 1, 2, 3))
     trace.disarm(some(guest, 2))
     target.ask("t")
     assert sorted(trace.collect()["page"].tolist()) == [1, 3]
-    trace.arm(some(guest, 2))
+    arm(trace, some(guest, 2))
     target.ask("r 2")
     assert trace.collect()["page"].tolist() == [2]
 
@@ -169,7 +178,7 @@ def test_the_guest_goes_on_when_we_are_killed(target: Target, guest: Guest, kind
         os.close(fd)
     assert target.ask("t").startswith("touched ")
     with open_access_trace(guest) as trace:
-        trace.arm(some(guest, 7))
+        arm(trace, some(guest, 7))
         target.ask("r 7")
         assert trace.collect()["page"].tolist() == [7]
 
@@ -220,7 +229,7 @@ def test_what_a_pager_holds_is_traced_too_and_what_it_evicted_is_armed(
     with open_access_trace(guest) as trace:
         assert isinstance(trace, ManagedTrace)
         wanted = some(guest, 11, 12, 700, 701, 4000)
-        assert trace.arm(wanted) == wanted
+        arm(trace, wanted)
         # Armed first and evicted then is the same.
         pager.evict(some(guest, 4000), Where.POOL)
         assert len(trace.collect()) == 0
