@@ -359,7 +359,7 @@ class Outgoing:
         self.copied = Rounds(
             self.guest, self.outbox, self._trace, self.options, send, lambda: self.watch.elapsed, self._throttle_gain
         )
-        # Held back until it has stopped: what it writes before that is sent in the pause.
+        # Held back until it has been given away: what it writes before it stops is sent in the pause.
         self._cleanup.callback(self.copied.release)
         self.watch.rounds = self.copied
         self.copied.run()
@@ -408,6 +408,8 @@ class Outgoing:
 
     def _deliver(self) -> None:
         """Send what is still here, however often the streams break off, until the destination has all of it."""
+        if self.copied is not None:
+            self.copied.release()
         sent = self.options.verify
         while True:
             try:
@@ -512,7 +514,7 @@ class Outgoing:
         self._barriers = self._passed = 0
 
     def _until_moment(self, seconds: float) -> None:
-        """Hear orders, and whether QEMU ends, for a while."""
+        """Hear orders for a while."""
         over = time.monotonic() + seconds
         self._until(lambda: time.monotonic() >= over, None)
 

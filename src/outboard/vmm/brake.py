@@ -6,6 +6,7 @@ may die: the groups have its pid in their names, by which :func:`release_left_ov
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Self
@@ -46,10 +47,14 @@ class Brake:
             group.limit(None if share >= 1 else max(_LEAST, share * self._usual[tid]))
 
     def release(self) -> None:
-        """Let go, and put the threads back where they were. Idempotent."""
+        """Let go, and put the threads back where they were. Idempotent.
+
+        A group that cannot be removed yet, as its threads are ending, holds nobody; :func:`release_left_over` finds it.
+        """
         groups, self._groups = self._groups, {}
         for group in groups.values():
-            group.close()
+            with contextlib.suppress(KernelError):
+                group.close()
 
     def __enter__(self) -> Self:
         return self

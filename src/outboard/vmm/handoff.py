@@ -6,6 +6,7 @@ for itself there, and against what the kernel knows in :mod:`outboard.vmm.claims
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeVar
 
@@ -49,7 +50,7 @@ class Handoff:
     claims: tuple[Claim, ...]
 
 
-class Conversation:
+class Conversation(ABC):
     """What one VMM says on one connection.
 
     Take :meth:`wanted` bytes at most from the socket, no more, and give them with the number of descriptors that came
@@ -74,9 +75,9 @@ class Conversation:
         """Whether a message has begun that has not ended."""
         return bool(self._bytes or self._descriptors)
 
+    @abstractmethod
     def wanted(self) -> int:
         """How many bytes to take next, at most: none of them belongs to a later message."""
-        raise NotImplementedError
 
     def receive(self, data: bytes, descriptors: int) -> Handoff | Claim | None:
         """Take what came; the message that it ends, if it does: the handoff first, then memory that was added.
@@ -113,8 +114,9 @@ class Conversation:
         if not self._handed:
             raise PeerError(f"{self.who} closed the connection without a word")
 
+    @abstractmethod
     def _message(self) -> Handoff | Claim | None:
-        raise NotImplementedError
+        """The message that the bytes so far make, if it is complete."""
 
     def _one_descriptor(self) -> None:
         if self._descriptors != 1:
