@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -16,6 +16,7 @@ from tests.support.cutting import cut
 pytestmark = pytest.mark.slow
 
 POST_COPY = ("--post-copy", "--max-bandwidth", "10MB")
+PRE_COPY = ("--pre-copy", "--max-bandwidth", "30MB", "--no-throttle")
 
 
 def reports(host: Host, *arguments: str) -> Iterator[dict[str, object]]:
@@ -30,6 +31,23 @@ def reports(host: Host, *arguments: str) -> Iterator[dict[str, object]]:
         # Also of a test that fails.
         process.kill()
         process.communicate()
+
+
+def disturbed(vm: Vm, state: str, disturb: Callable[[], object], *options: str) -> dict[str, object]:
+    """Migrate, and disturb that once, as soon as it is in ``state``; the last report."""
+    done = False
+    last: dict[str, object] = {}
+    for report in reports(vm.cluster.a, vm.name, "b", *options):
+        last = report
+        if report["state"] == state and not done:
+            done = True
+            disturb()
+    assert done, last
+    return last
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
 
 
 def runs_only_at(vm: Vm, host: str) -> None:
@@ -89,7 +107,7 @@ def test_a_commit_that_never_arrived_leaves_the_vm_at_the_source(vm: Vm) -> None
     """The destination's agent has sworn it off before the engine could commit."""
     incoming = vm.cluster.b.directory / "state" / "incoming"
     last: dict[str, object] = {}
-    for report in reports(vm.cluster.a, vm.name, "b", "--pre-copy", "--max-bandwidth", "30MB", "--no-throttle"):
+    for report in reports(vm.cluster.a, vm.name, "b", *PRE_COPY):
         last = report
         if report["state"] == "copying":
             for announced in incoming.glob("*.json"):
@@ -112,7 +130,7 @@ def test_a_killed_engine_has_a_successor_after_the_commit(vm: Vm, end: str) -> N
         last = report
         if report["state"] == "postcopy" and kills < 2:
             kills += 1
-            os.kill(vm.cluster.hosts[end].engine(), signal.SIGKILL)
+            kill(vm.cluster.hosts[end].engine())
     assert kills == 2
     assert last["state"] == "completed", last
     runs_only_at(vm, "b")
@@ -124,40 +142,23 @@ def test_a_killed_engine_has_a_successor_after_the_commit(vm: Vm, end: str) -> N
 
 
 def test_a_killed_engine_leaves_the_vm_running_before_the_commit(vm: Vm) -> None:
-    """Killed at the destination, its QEMU ends; killed at the source in the pause, the guest goes on."""
-    for end in ("b", "a"):
-        killed = False
-        for report in reports(vm.cluster.a, vm.name, "b", "--pre-copy", "--max-bandwidth", "20MB", "--no-throttle"):
-            if report["state"] == "copying" and not killed:
-                killed = True
-                os.kill(vm.cluster.hosts[end].engine(), signal.SIGKILL)
-        assert killed
+    """Killed at the destination, its QEMU ends; killed at the source, the guest goes on."""
+    for end in (vm.cluster.b, vm.cluster.a):
+        disturbed(vm, "copying", lambda end=end: kill(end.engine()), *PRE_COPY)  # type: ignore[misc]
         runs_only_at(vm, "a")
         vm.verify("a")
 
 
 def test_an_engine_killed_in_the_pause_leaves_no_paused_vm(vm: Vm) -> None:
     """With --verify the guest stands still until every page has arrived."""
-    killed = False
-    for report in reports(vm.cluster.a, vm.name, "b", "--verify", "--max-bandwidth", "20MB"):
-        if report["state"] == "switching" and not killed:
-            killed = True
-            os.kill(vm.cluster.a.engine(), signal.SIGKILL)
-    assert killed
+    disturbed(vm, "switching", lambda: kill(vm.cluster.a.engine()), "--verify", "--max-bandwidth", "20MB")
     runs_only_at(vm, "a")
     vm.verify("a")
 
 
 def test_the_sources_qemu_is_not_needed_after_the_commit(vm: Vm) -> None:
     """What is still here lies in its memory's file, which the engine holds."""
-    killed = False
-    last: dict[str, object] = {}
-    for report in reports(vm.cluster.a, vm.name, "b", *POST_COPY):
-        last = report
-        if report["state"] == "postcopy" and not killed:
-            killed = True
-            os.kill(vm.record("a").pid, signal.SIGKILL)
-    assert killed
+    last = disturbed(vm, "postcopy", lambda: kill(vm.record("a").pid), *POST_COPY)
     assert last["state"] == "completed", last
     runs_only_at(vm, "b")
     vm.verify("b")
@@ -165,14 +166,7 @@ def test_the_sources_qemu_is_not_needed_after_the_commit(vm: Vm) -> None:
 
 def test_a_destination_that_is_lost_after_the_commit_is_told_of(vm: Vm) -> None:
     """Its QEMU held the only copy that may run: the source keeps what it has, and runs nothing by itself."""
-    killed = False
-    last: dict[str, object] = {}
-    for report in reports(vm.cluster.a, vm.name, "b", *POST_COPY):
-        last = report
-        if report["state"] == "postcopy" and not killed:
-            killed = True
-            os.kill(vm.record("b").pid, signal.SIGKILL)
-    assert killed
+    last = disturbed(vm, "postcopy", lambda: kill(vm.record("b").pid), *POST_COPY)
     assert last["state"] == "paused", last
     assert last["exit_code"] == 6
     assert "has ended" in str(last["error"])
@@ -188,18 +182,17 @@ def test_both_agents_and_an_engine_die_after_the_commit(image: Image) -> None:
     with Cluster(33) as cluster:
         vm = Vm(cluster, image, "web")
         vm.write()
-        killed = False
-        for report in reports(cluster.a, vm.name, "b", *POST_COPY):
-            if report["state"] == "postcopy" and not killed:
-                killed = True
-                engines = [host.engine() for host in cluster.hosts.values()]
-                for host in cluster.hosts.values():
-                    host.kill_agent()
-                for engine in engines:
-                    os.kill(engine, signal.SIGKILL)
-                for host in cluster.hosts.values():
-                    host.start_agent()
-        assert killed
+
+        def kill_all() -> None:
+            engines = [host.engine() for host in cluster.hosts.values()]
+            for host in cluster.hosts.values():
+                host.kill_agent()
+            for engine in engines:
+                kill(engine)
+            for host in cluster.hosts.values():
+                host.start_agent()
+
+        disturbed(vm, "postcopy", kill_all, *POST_COPY)
 
         def completed() -> bool:
             lines = cluster.a.outboard("history", vm.name, "-o", "ndjson").stdout.splitlines()
