@@ -34,7 +34,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         total_s=elapsed,
         time_to_resume_s=found.resume_s,
         blackout_ms=found.blackout_ms,
-        bytes=sent.bulk_bytes + sent.urgent_bytes + found.control_bytes,
+        bytes=sent.bulk_bytes + sent.urgent_bytes + outgoing.line.control_bytes,
         pages=outgoing.guest.pages,
         data_pages=sent.data_pages,
         zero_pages=sent.zero_pages,

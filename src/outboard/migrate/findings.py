@@ -1,0 +1,24 @@
+"""What a migration learns on its way, for the summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outboard.migrate.messages import Arrived
+
+
+@dataclass(slots=True)
+class Findings:
+    """Each is noted by whoever comes upon it; None where the migration did not get that far."""
+
+    hints: str = "not asked for"
+    trace: str | None = None
+    arm_ms: float | None = None
+    stopped_at: float | None = None
+    """When the guest stopped, in seconds of the wall clock."""
+    resume_s: float | None = None
+    blackout_ms: float | None = None
+    resent_pages: int = 0
+    bulk_rate: float | None = None
+    verified: bool | None = None
+    arrived: Arrived | None = None

@@ -1,0 +1,92 @@
+"""Stale pages: those that were sent and have been written since, from the first look at them to the last."""
+
+from __future__ import annotations
+
+from outboard.errors import KernelError
+from outboard.migrate import messages, ranking
+from outboard.migrate.findings import Findings
+from outboard.migrate.line import Line
+from outboard.migrate.method import PAUSE_MOST_S, PAUSE_SHARE, Options
+from outboard.migrate.outbox import Outbox
+from outboard.migrate.sending import Send
+from outboard.pages import PAGE_SIZE
+from outboard.pages.pageset import PageSet
+from outboard.trace.writes import WriteTrace
+from outboard.vmm.guest import Guest
+
+_UNPACED = 100e6
+"""Bytes/s that a link of unknown rate is taken to carry."""
+
+
+class Stale:
+    """Finds them by the write trace, and has them sent again or forgotten.
+
+    ``trace`` may come later; without one nothing is known to be written.
+
+    Synchronization: one thread.
+    """
+
+    def __init__(self, guest: Guest, outbox: Outbox, line: Line, options: Options, findings: Findings) -> None:
+        self.trace: WriteTrace | None = None
+        self._guest, self._outbox, self._line = guest, outbox, line
+        self._options, self._findings = options, findings
+
+    def _written(self, within: PageSet | None = None) -> PageSet:
+        return PageSet(self._outbox.pages) if self.trace is None else self.trace.collect(within)
+
+    def _found(self) -> PageSet:
+        sent = self._outbox.already_sent()
+        written = self._written(sent)
+        ranking.revive(self._outbox, written)
+        return written & sent
+
+    def send_early(self) -> None:
+        """Send again what was written since it was sent, while the guest still runs: the less is left for the pause."""
+        stale = self._found()
+        self._outbox.again(stale, ranking.STALE_NOW)
+        self._findings.resent_pages += len(stale)
+        self._line.order(Send(0, self._outbox.pages, ranking.STALE_NOW, paced=False))
+        self._line.await_sent()
+
+    def settle(self) -> None:
+        """In the pause: send again as far as time allows, and have the rest forgotten.
+
+        Nothing here waits: QEMU saves its devices while the pages travel, and the destination holds what it saves until
+        they are in place.
+        """
+        outbox, line, options = self._outbox, self._line, self._options
+        # In rounds also what was written during the last one: the destination holds it as it was before.
+        stale = self._written() | outbox.unsent() if options.method.rounds else self._found()
+        self._findings.resent_pages += len(stale)
+        if options.method.resumes_early:
+            rate = outbox.statistics().rate or _UNPACED
+            seconds = min(PAUSE_MOST_S, PAUSE_SHARE * options.max_downtime)
+            now, later = ranking.split_stale(outbox, stale, int(seconds * rate / PAGE_SIZE))
+            upto = ranking.STALE_NOW
+        else:
+            now, later, upto = stale, PageSet(stale.pages), ranking.LAST
+        self._forget(later)
+        if now:
+            outbox.again(now, ranking.STALE_NOW)
+            line.order(Send(0, outbox.pages, upto, paced=False))
+        line.control.send(messages.Final(line.barrier()))
+
+    def forget_late(self) -> None:
+        """QEMU itself may write to the guest's memory while it saves devices: such pages are fetched again."""
+        late = self._found()
+        self._findings.resent_pages += len(late)
+        self._forget(late)
+
+    def _forget(self, pages: PageSet) -> None:
+        if pages:
+            self._outbox.again(pages, ranking.STALE_LATER)
+            self._line.control.send_pages(messages.FORGET, pages, messages.Forget())
+
+    def revive(self) -> None:
+        """Give a turn to what was free when the guest was asked, or without memory then, and was written since."""
+        try:
+            alive = self._guest.memory.populated() if self.trace is None else self._written()
+        except KernelError:
+            # QEMU has died, and with it what had been written: whatever has memory may be alive.
+            alive = self._guest.memory.populated()
+        ranking.revive(self._outbox, alive)
