@@ -78,7 +78,20 @@ class Host:
         (self.runtime / "agent.sock").unlink()
 
     def engine(self) -> int:
-        """The one engine at work here, a child of the server that the agent has them forked from."""
+        """The one engine at work here, a child of the server that the agent has them forked from.
+
+        Waits for it: a successor takes a moment.
+        """
+        found: list[int] = []
+
+        def one() -> bool:
+            found[:] = self._engines()
+            return len(found) == 1
+
+        wait_for(one, f"a single engine of {self.name}")
+        return found[0]
+
+    def _engines(self) -> list[int]:
         assert self._agent is not None
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
@@ -87,8 +100,7 @@ class Host:
                 engine = (entry / "comm").read_text().strip() == "outboard-engine"
                 if engine and proc.parent(proc.parent(pid)) == self._agent.pid:
                     found.append(pid)
-        assert len(found) == 1, found
-        return found[0]
+        return found
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of an outboard command."""
