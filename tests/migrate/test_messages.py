@@ -26,7 +26,8 @@ from outboard.migrate import messages
         messages.Loaded(),
         messages.Commit(),
         messages.Resumed(),
-        messages.Arrived(1, 2, 3, 4, 99.5, None, 7),
+        messages.Arrived(1, 2, 3, 4, 99.5, None, 7, 8),
+        messages.Large(early=True),
     ],
 )
 def test_round_trip(message: messages.Message) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from outboard.errors import OutboardError, RefusedError
+from outboard.errors import KernelError, OutboardError, RefusedError
 from outboard.linux import proc
 from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.peer_faults import FaultCounters, PeerFaultServer
@@ -31,9 +30,15 @@ def word(number: int) -> bytearray:
     return bytearray(number.to_bytes(8, "little") + bytes(4088))
 
 
-def place(pager: ArrivingMemory, first: int, content: bytearray) -> None:
-    view = memoryview(content)
-    pager.place(first, view, ctypes.addressof(ctypes.c_char.from_buffer(content)))
+def place(pager: ArrivingMemory, first: int, content: bytearray) -> list[int]:
+    """Put pages in, none of them zeros; those that somebody waits for."""
+    count = len(content) // 4096
+    runs, zero = np.array([[first, count]]), np.zeros(count, dtype=np.bool_)
+    return [int(page) for page in pager.place(runs, zero, np.frombuffer(content, dtype=np.uint8))]
+
+
+def place_zeros(pager: ArrivingMemory, first: int, count: int) -> None:
+    pager.place(np.array([[first, count]]), np.ones(count, dtype=np.bool_), np.empty(0, dtype=np.uint8))
 
 
 class Scene:
@@ -134,9 +139,40 @@ def test_once_it_runs_what_is_present_stands(scene: Scene) -> None:
     assert [scene.target.ask(f"r {page}") for page in (4, 5, 6)] == ["2", "77", "4"]
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_a_frame_of_all_kinds(scene: Scene, running: bool) -> None:
+    """Zeros and content, over what is present, what is known to be zeros, and what is absent."""
+    place(scene.pager, 10, word(1) + word(2) + word(3))
+    place_zeros(scene.pager, 13, 2)
+    if running:
+        scene.pager.run()
+    runs, zero = np.array([[10, 7], [20, 2]]), np.array([1, 0, 1, 0, 1, 0, 1, 1, 0], dtype=np.bool_)
+    content = np.frombuffer(word(11) + word(13) + word(15) + word(21), dtype=np.uint8)
+    assert scene.pager.place(runs, zero, content).size == 0
+    where = scene.pager.residency.where
+    scene.tell(b"open")
+    read = [int(scene.target.ask(f"r {page}")) for page in (*range(10, 17), 20, 21)]
+    if running:
+        assert read == [1, 2, 3, 13, 0, 15, 0, 0, 21]
+    else:
+        assert read == [0, 11, 0, 13, 0, 15, 0, 0, 21]
+    assert scene.asked == []
+    assert (where[[10, 11, 13, 15, 21]] == Where.RESIDENT).all()
+
+
+def test_placing_in_a_process_that_has_ended_says_so(tmp_path: Path) -> None:
+    with Target(mebibytes=1) as target, guest_of(target) as guest:
+        memory = ArrivingMemory(guest, tmp_path)
+        target.say("q")
+        target.ended()
+        with pytest.raises(KernelError, match="placing of 1 pages in target"):
+            place(memory, 5, word(1))
+        memory.release()
+
+
 def test_known_zeros_cost_neither_a_request_nor_memory(scene: Scene) -> None:
     scene.tell(b"open")
-    scene.pager.note_zeros(30, 10)
+    place_zeros(scene.pager, 30, 10)
     assert len(scene.guest.memory.populated()) == 0
     assert scene.target.ask("r 33") == "0"
     assert scene.asked == []
@@ -152,7 +188,7 @@ def test_a_page_that_turns_out_zero_while_it_is_waited_for(scene: Scene) -> None
     while not scene.asked:
         os.sched_yield()
     scene.pager.run()
-    scene.pager.note_zeros(40, 1)
+    place_zeros(scene.pager, 40, 1)
     assert scene.target.answer() == "0"
 
 
@@ -164,7 +200,7 @@ def test_the_bulk_brings_a_page_that_is_waited_for(scene: Scene) -> None:
         os.sched_yield()
     scene.pager.run()
     assert scene.pager.waiting[40]
-    place(scene.pager, 40, word(4))
+    assert place(scene.pager, 39, word(3) + word(4)) == [40]
     assert scene.target.answer() == "4"
     scene.tell((40).to_bytes(8, "little"))
     while not scene.counters.statistics().remote:
@@ -192,7 +228,7 @@ def test_forgotten_pages_are_absent_again(scene: Scene) -> None:
 
 def test_zeros_replace_content_before_the_guest_runs(scene: Scene) -> None:
     place(scene.pager, 5, word(1))
-    scene.pager.note_zeros(5, 1)
+    place_zeros(scene.pager, 5, 1)
     assert scene.target.ask("r 5") == "0"
 
 
@@ -202,7 +238,7 @@ def test_what_a_dead_engine_left_is_taken_again(tmp_path: Path) -> None:
         first = ArrivingMemory(guest, tmp_path)
         for page in (3, 4):
             place(first, page, word(page + 10))
-        first.note_zeros(5, 1)
+        place_zeros(first, 5, 1)
         first.residency.where[4] = Where.PEER
         first.run()
         target.say("r 7")
@@ -230,7 +266,7 @@ def test_without_a_peer_only_what_is_there_waits_for_nobody(tmp_path: Path) -> N
     with Target(mebibytes=1) as target, guest_of(target) as guest:
         memory = ArrivingMemory(guest, tmp_path)
         memory.run()
-        memory.note_zeros(5, 1)
+        place_zeros(memory, 5, 1)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         server = PeerFaultServer(memory, PeerStore(None), FaultCounters(), theirs)
         thread = threading.Thread(target=server.serve)

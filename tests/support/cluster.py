@@ -158,14 +158,20 @@ class Vm:
     """A test guest in a cluster, writing to its memory and able to prove it."""
 
     def __init__(
-        self, cluster: Cluster, image: Image, name: str, mebibytes: int = 256, guest_agent: bool = True
+        self,
+        cluster: Cluster,
+        image: Image,
+        name: str,
+        mebibytes: int = 256,
+        guest_agent: bool = True,
+        page_size: str = "4KiB",
     ) -> None:
         self.cluster = cluster
         self.name = name
         spec = cluster.root / f"{name}.toml"
         spec.write_text(
             f'name = "{name}"\nmemory = "{mebibytes}MiB"\nvcpus = 1\naccel = "tcg"\n'
-            f"guest_agent = {str(guest_agent).lower()}\n\n"
+            f'guest_agent = {str(guest_agent).lower()}\npage_size = "{page_size}"\n\n'
             f"[boot]\n"
             f'kernel = "{image.kernel}"\ninitrd = "{image.initrd}"\nappend = "{COMMAND_LINE}"\n'
         )

@@ -10,13 +10,45 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+import pytest
+
 from guest.build import COMMAND_LINE, Image, build
+from tests.support.requirements import require
 
 ROOT = Path(__file__).parents[2]
 BOOT_S = 120
+
+
+@contextlib.contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """``count`` more of 2 MiB than there were; skips the test where they cannot be had."""
+    require("root")
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = int(pool.read_text())
+    pool.write_text(str(before + count))
+    try:
+        if int(pool.read_text()) < before + count:
+            pytest.skip(f"the kernel finds no memory for {count} large pages")
+        yield
+    finally:
+        pool.write_text(str(before))
+
+
+@contextlib.contextmanager
+def transparent_huge_pages() -> Iterator[None]:
+    """Large pages for shared memory that asks for them."""
+    require("root")
+    setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    before = setting.read_text().split("[")[1].split("]")[0]
+    setting.write_text("advise")
+    try:
+        yield
+    finally:
+        setting.write_text(before)
 
 
 def image() -> Image:

@@ -10,4 +10,5 @@ from tests.support.target import Target
 def guest_of(target: Target) -> Guest:
     """The target as a guest; close it when done."""
     mapping = next(one for one in proc.maps(target.pid) if one.start == target.start)
-    return Guest("target", target.pid, (Region(0, target.pages, 0, target.start, 0, 4096, "target", mapping),))
+    region = Region(0, target.pages, 0, target.start, 0, target.page_size, "target", mapping)
+    return Guest("target", target.pid, (region,))

@@ -1,4 +1,5 @@
-// A process whose memory the tests work on. target KIND MIB THREADS: maps a region (memfd, anon, private), fills each
+// A process whose memory the tests work on. target KIND MIB THREADS: maps a region (memfd, anon, private; hugetlb, a memfd
+// of 2 MiB pages; thp, a memfd that asks for large pages), fills each
 // page with its number, prints "ready ADDRESS BYTES", then obeys lines on standard input:
 //   r PAGE        print the first word of PAGE
 //   w PAGE VALUE  write the first word of PAGE
@@ -16,6 +17,7 @@
 //   q             end
 #define _GNU_SOURCE
 #include <linux/filter.h>
+#include <linux/memfd.h>
 #include <linux/seccomp.h>
 #include <pthread.h>
 #include <signal.h>
@@ -81,12 +83,13 @@ int main(int count, char **arguments) {
     int threads = atoi(arguments[3]);
     int fd = -1, flags = MAP_PRIVATE | MAP_ANONYMOUS;
     if (strcmp(arguments[1], "anon")) {
-        fd = memfd_create("target", 0);
+        fd = memfd_create("target", strcmp(arguments[1], "hugetlb") ? 0 : MFD_HUGETLB | MFD_HUGE_2MB);
         if (fd < 0 || ftruncate(fd, bytes)) return 3;
         flags = strcmp(arguments[1], "private") ? MAP_SHARED : MAP_PRIVATE;
     }
     region = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
     if (region == MAP_FAILED) return 4;
+    if (!strcmp(arguments[1], "thp") && madvise((void *)region, bytes, MADV_HUGEPAGE)) return 5;
     pages = bytes / 4096;
     for (size_t page = 0; page < pages; page++) *(volatile uint64_t *)(region + page * 4096) = page;
     struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};

@@ -40,6 +40,7 @@ class Target:
         _, start, size = self._line().split()
         self.start, self.size = int(start, 16), int(size)
         self.pages = self.size // 4096
+        self.page_size = 2 << 20 if kind == "hugetlb" else 4096
 
     def _line(self) -> str:
         assert self._process.stdout is not None

@@ -21,6 +21,7 @@ from outboard.vmm.launch import launch, stop
 from outboard.vmm.monitor import Monitor
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.vmm.spec import Disk, Network, VmSpec, parse_spec
+from tests.support.machine import huge_pages
 from tests.support.network import Network as Namespace
 from tests.support.requirements import require
 
@@ -127,23 +128,12 @@ def test_huge_pages_that_are_not_there_are_refused(registry: Registry) -> None:
     assert caught.value.reason == "huge-pages"
 
 
-@pytest.fixture
-def huge_pages() -> Iterator[None]:
-    """Sixteen more of 2 MiB than there were."""
-    require("root")
-    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    before = pool.read_text()
-    pool.write_text(str(int(before) + 16))
-    yield
-    pool.write_text(before)
-
-
-@pytest.mark.usefixtures("huge_pages")
 def test_memory_is_made_of_huge_pages(registry: Registry) -> None:
-    record = launch(changed(memory="32MiB", page_size="2MiB", vcpus=2), registry)
-    with record.attach() as guest:
-        assert [region.page_size for region in guest.regions] == [2 << 20]
-        assert [vcpu.index for vcpu in guest.vcpus] == [0, 1]
+    with huge_pages(16):
+        record = launch(changed(memory="32MiB", page_size="2MiB", vcpus=2), registry)
+        with record.attach() as guest:
+            assert [region.page_size for region in guest.regions] == [2 << 20]
+            assert [vcpu.index for vcpu in guest.vcpus] == [0, 1]
 
 
 def test_a_vm_outlives_the_command_that_started_it(registry: Registry, tmp_path: Path) -> None:

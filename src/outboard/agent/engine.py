@@ -34,6 +34,8 @@ from outboard.migrate.source import Outgoing
 from outboard.migrate.states import State
 from outboard.migrate.summary import summarise
 from outboard.pager.arriving import ArrivingMemory
+from outboard.pager.arriving_large import arriving_kind
+from outboard.pager.rebuilding import Rebuilding
 from outboard.vmm.attach import attach
 from outboard.vmm.device_state import Arrival
 from outboard.vmm.guest import Guest
@@ -253,7 +255,7 @@ def _receive_again(work: Receive, registry: Registry, identity: Path) -> None:
         if layout is None:
             raise NeedsRecoveryError(f"QEMU of {work.prepare.vm} has ended")
         guest = until_end.enter_context(layout.guest())
-        memory = ArrivingMemory.take_again(guest, journal)
+        memory = arriving_kind(guest).take_again(guest, journal)
         incoming = _incoming(work, record, guest, memory, None, identity)
         _see_that_it_runs(record)
         incoming.run(None)
@@ -282,6 +284,7 @@ def _incoming(
         guest,
         memory,
         arrival,
+        Rebuilding(memory, record.directory / ARRIVING),
         source=work.source,
         commit=lambda: verdicts.commit(work.prepare.migration),
         note_arrived=lambda message: verdicts.note_arrived(work.prepare.migration, message),
@@ -333,7 +336,7 @@ def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack
     check_layout(guest, prepare)
     Layout.keep(guest, journal / _LAYOUT)
     keep_task(journal, work)
-    memory = ArrivingMemory(guest, journal)
+    memory = arriving_kind(guest)(guest, journal)
     arrival = Arrival(guest, record.directory)
     until_end.callback(arrival.close)
     incoming = _incoming(work, record, guest, memory, arrival, identity)

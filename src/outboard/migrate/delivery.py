@@ -81,7 +81,9 @@ class Delivery:
     def send_rest(self) -> None:
         """Send everything that is still to come, and say which pages those are; all others read as zeros."""
         outbox, line = self._outbox, self._line
-        line.order(Send(0, outbox.pages, ranking.LAST, paced=True))
+        if outbox.unit == 1:
+            line.order(Send(0, outbox.pages, ranking.LAST, paced=True))
+        # Of a large page the bulk leaves out what was free: that has to be known before it goes.
         self._stale.revive()
         live = PageSet.from_mask(outbox.rank != NEVER)
         line.control.send_pages(messages.LIVE, live, messages.Live())

@@ -30,6 +30,7 @@ from outboard.migrate.receiving import BulkReceiver
 from outboard.migrate.worker import Worker
 from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.peer_faults import FaultCounters, PeerFaultServer
+from outboard.pager.rebuilding import Rebuilding
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Where
 from outboard.stores.peer import PeerStore
@@ -64,6 +65,7 @@ class Incoming:
     :param memory: its memory.
     :param arrival: takes its devices' state; None: they are loaded, and the VM is ours already.
     :param source: the host that it comes from.
+    :param large: its large mappings, to be rebuilt.
     :param commit: called once, before the VM runs: whether it may be ours.
     :param note_arrived: keeps the message that no page is missing, for a source that does not hear it.
     :param reopen: waits for the source to call again, and lets its streams in.
@@ -76,6 +78,7 @@ class Incoming:
         guest: Guest,
         memory: ArrivingMemory,
         arrival: Arrival | None,
+        large: Rebuilding,
         *,
         source: str,
         commit: Callable[[], bool],
@@ -86,7 +89,8 @@ class Incoming:
         self._guest = guest
         self._source = source
         self._commit, self._note_arrived, self._reopen = commit, note_arrived, reopen
-        self._memory, self._arrival = memory, arrival
+        self._memory, self._arrival, self._large = memory, arrival, large
+        self._rebuilding: Worker | None = None
         self._counters = FaultCounters()
         self._faults: Worker | None = None
         self._sets: dict[int, PageSet] = {}
@@ -116,8 +120,14 @@ class Incoming:
                 ) from error
             raise
         finally:
-            if self._faults is not None:
-                self._faults.end()
+            for worker in (self._faults, self._rebuilding):
+                if worker is not None:
+                    worker.end()
+
+    def _rebuild(self) -> None:
+        """Begin to rebuild what large mappings the source had."""
+        if self._rebuilding is None and self._large.needed:
+            self._rebuilding = Worker("outboard-large", self._large.serve)
 
     def _serve_faults(self, channel: Channel | None) -> Worker:
         def serve(link: socket.socket) -> None:
@@ -152,13 +162,14 @@ class Incoming:
         control = Conversation(streams["control"])
         # On this stream alone: the others belong to the workers from the fork on.
         control.send(messages.Welcome())
-        self._sets = {name: PageSet(self._guest.pages) for name in (messages.FORGET, messages.LIVE)}
+        self._sets = {name: PageSet(self._guest.pages) for name in (messages.FORGET, messages.LIVE, messages.LARGE)}
         self._live, self._all_sent, self._passed = None, False, 0
         if self.committed:
             here = PageSet.from_mask(self._memory.residency.where != Where.PEER)
             control.send_pages(messages.HAVE, here, messages.Have())
             faults.tell(b"open")
             self._memory.wake_all()
+            self._rebuild()
         try:
             # QEMU's main loop loads the devices, and the guest stands still meanwhile.
             with sched.favoured([self._guest.emulator_thread()]):
@@ -248,6 +259,10 @@ class Incoming:
             case messages.Live():
                 self._live = self._sets[messages.LIVE]
                 self._memory.note_zero_set(~self._live)
+            case messages.Large(early):
+                self._large.want(self._sets[messages.LARGE])
+                if early:
+                    self._rebuild()
             case messages.Digests():
                 self._send_digests(control)
             case messages.Commit():
@@ -276,6 +291,7 @@ class Incoming:
         finally:
             # The guest runs, whether or not the source is there to hear of it.
             self._arrival.announce()
+            self._rebuild()
 
     def _send_digests(self, control: Conversation) -> None:
         """Digest what has arrived, once all has: the guest stands still."""
@@ -294,8 +310,10 @@ class Incoming:
 
     def _settle(self, control: Conversation, faults: Worker) -> None:
         """Nothing is missing: give the memory back to QEMU whole, and say so."""
-        faults.tell(b"stop")
-        faults.join()
+        for worker in (self._rebuilding, faults):
+            if worker is not None:
+                worker.tell(b"stop")
+                worker.join()
         self._memory.release()
         served = self._counters.statistics()
         arrived = messages.Arrived(
@@ -306,6 +324,7 @@ class Incoming:
             fault_p50_us=served.latencies.percentile_us(0.5),
             fault_p99_us=served.latencies.percentile_us(0.99),
             mapped_before_resume=self._mapped_before_resume,
+            large_mappings=self._large.finish(),
         )
         self._note_arrived(messages.encode(arrived))
         # A source that does not hear it asks the agent.

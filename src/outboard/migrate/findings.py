@@ -13,6 +13,8 @@ class Findings:
 
     hints: str = "not asked for"
     trace: str | None = None
+    large_mappings: int | None = None
+    """At the source, before anything was done to it."""
     arm_ms: float | None = None
     stopped_at: float | None = None
     """When the guest stopped, in seconds of the wall clock."""

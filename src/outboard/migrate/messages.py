@@ -63,6 +63,15 @@ class Live(Message, frozen=True, tag="live"):
     """The set of live pages has been sent (as PAGESET frames): all others read as zeros."""
 
 
+class Large(Message, frozen=True, tag="large"):
+    """The set of pages that large entries map at the source has been sent (as PAGESET frames).
+
+    ``early``: none will be forgotten, so they may be rebuilt before the guest runs.
+    """
+
+    early: bool
+
+
 class AllSent(Message, frozen=True, tag="all-sent"):
     """On the bulk stream: every live page has been sent on this stream or the urgent one."""
 
@@ -107,6 +116,7 @@ class Arrived(Message, frozen=True, tag="arrived"):
     fault_p50_us: float | None
     fault_p99_us: float | None
     mapped_before_resume: int
+    large_mappings: int
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -147,6 +157,7 @@ AnyMessage = (
     | Settled
     | Forget
     | Live
+    | Large
     | AllSent
     | Digests
     | Loaded
@@ -162,7 +173,7 @@ AnyMessage = (
 ROLES = ("control", "bulk", "urgent")
 """The streams of a migration. Only the urgent one must never wait behind another's data."""
 
-FORGET, LIVE, HAVE = 1, 2, 3
+FORGET, LIVE, HAVE, LARGE = 1, 2, 3, 4
 """Names of page sets in PAGESET frames."""
 
 _encoder = msgspec.json.Encoder()

@@ -3,6 +3,9 @@
 ``rank[page]`` says when a page's turn is (0 first, NEVER not at all) and ``sent[page]`` whether somebody has taken it
 upon himself to send it. The bulk walks the ranks; the answerer of faults takes single pages out of turn. Whoever claims
 ``sent`` sends the page, so it crosses once, and once more only if it was written after that.
+
+Where the memory is in large pages, those go whole the first time, when the first of their small pages has its turn;
+their first page's flag stands for all of them. Afterwards small ones may go again.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.pages.pageset import PageSet, Runs, shifted
-from outboard.pages.shared import shared_array
+from outboard.pages.shared import claim, claim_one, shared_array
 
 NEVER = 255
 """The rank of a page that is not sent: the guest holds it free, or it has no memory."""
@@ -35,13 +38,18 @@ class Sent:
 class Outbox:
     """The shared arrays of one outgoing migration.
 
+    :param unit: pages that cannot be placed one by one: 1, or those of a large page.
+    :param digested: keep the digest of each page as it was sent last.
+
     Synchronization: made before the senders are forked. The main process ranks pages while the bulk does not walk them.
     """
 
     _DATA, _ZERO, _URGENT, _BULK_BYTES, _URGENT_BYTES, _LIMIT, _HALT, _RATE = range(8)
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, *, unit: int = 1, digested: bool = False) -> None:
         self.pages = pages
+        self.unit = unit
+        self.digests: NDArray[np.uint64] | None = shared_array(pages, np.uint64) if digested else None
         self.rank: NDArray[np.uint8] = shared_array(pages, np.uint8)
         self.rank[:] = NEVER
         self.sent: NDArray[np.uint8] = shared_array(pages, np.uint8)
@@ -49,14 +57,41 @@ class Outbox:
 
     def due(self, first: int, count: int, rank: int) -> Runs:
         """Runs of the pages in ``[first, first + count)`` whose turn ``rank`` is and that nobody has sent."""
-        part = slice(first, first + count)
-        return shifted(PageSet.from_mask((self.rank[part] == rank) & (self.sent[part] == 0)).runs(), first)
+        part = self._part(first, count)
+        mask = (self._turns(part) == rank) & (self.sent[part] == 0)
+        return shifted(PageSet.from_mask(mask).runs(), part.start)
 
     def ranks_due(self, first: int, count: int, upto: int) -> list[int]:
         """Which ranks up to ``upto`` have pages due in ``[first, first + count)``, ascending."""
-        part = slice(first, first + count)
-        waiting = self.rank[part][self.sent[part] == 0]
+        part = self._part(first, count)
+        waiting = self._turns(part)[self.sent[part] == 0]
         return [int(rank) for rank in np.flatnonzero(np.bincount(waiting, minlength=256)[: upto + 1])]
+
+    def _part(self, first: int, count: int) -> slice:
+        low = first // self.unit * self.unit
+        return slice(low, min(self.pages, -(-(first + count) // self.unit) * self.unit))
+
+    def _turns(self, part: slice) -> NDArray[np.uint8]:
+        rank = self.rank[part]
+        if self.unit == 1:
+            return rank
+        blocks = rank.reshape(-1, self.unit)
+        whole: NDArray[np.bool_] = (self.sent[part].reshape(-1, self.unit) == 0).all(axis=1)
+        turns: NDArray[np.uint8] = np.where(whole[:, None], blocks.min(axis=1)[:, None], blocks)
+        return turns.reshape(-1)
+
+    def claim(self, first: int, count: int) -> NDArray[np.bool_]:
+        """Take it upon oneself to send pages; which of them nobody else has."""
+        if self.unit > 1 and count == self.unit and first % self.unit == 0:
+            return np.full(count, self.claim_one(first))
+        return claim(self.sent, first, count)
+
+    def claim_one(self, page: int) -> bool:
+        """Take it upon oneself to send the page, or the large page that it is the first of; whether nobody else has."""
+        if not claim_one(self.sent, page):
+            return False
+        self.sent[page + 1 : page + self.unit] = 1
+        return True
 
     def unsent(self) -> PageSet:
         """The pages that have a turn and were not sent."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import socket
 
 import numpy as np
-from numpy.typing import NDArray
 
 from outboard.errors import PeerError
 from outboard.migrate.messages import AllSent, Barrier, decode
 from outboard.pager.arriving import ArrivingMemory
-from outboard.pages import PAGE_SIZE
-from outboard.pages.pageset import PageSet
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind, Pages
 
@@ -53,23 +49,7 @@ class BulkReceiver:
                 return
 
     def _place(self, pages: Pages) -> None:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(pages.data)) if len(pages.data) else 0
-        at = index = 0
-        for first, count in pages.runs:
-            zero: NDArray[np.bool_] = pages.zero[index : index + count]
-            index += count
-            if zero.any():
-                for low, length in PageSet.from_mask(zero):
-                    self._memory.note_zeros(first + low, length)
-                runs = PageSet.from_mask(~zero).runs()
-            else:
-                runs = np.array([[0, count]])
-            for low, length in runs.tolist():
-                end = at + length * PAGE_SIZE
-                self._memory.place(first + low, pages.data[at:end], address + at)
-                at = end
-            waiting = self._memory.waiting[first : first + count]
-            if waiting.any():
-                numbers = np.flatnonzero(waiting & ~zero) + first
-                if numbers.size:
-                    self._faults.send(numbers.astype("<u8").tobytes())
+        runs, content = np.array(pages.runs, dtype=np.int64), np.frombuffer(pages.data, dtype=np.uint8)
+        waited = self._memory.place(runs, pages.zero, content)
+        if waited.size:
+            self._faults.send(waited.astype("<u8").tobytes())

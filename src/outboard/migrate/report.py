@@ -94,6 +94,10 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     verified: bool | None
     """Whether the digests of both ends agreed; None unless asked for."""
     exit_code: int
+    large_mappings_before: int | None = None
+    """Of 2 MiB, at the source before anything was done to it."""
+    large_mappings_after: int | None = None
+    """At the destination when all had arrived."""
     throttle: list[Slowed] = []
     throttle_gain: float = 1.0
     """How much more the guest wrote when held back than the model said; the next migration of the VM begins with it."""

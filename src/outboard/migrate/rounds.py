@@ -12,6 +12,7 @@ from outboard.linux import proc
 from outboard.migrate import ranking
 from outboard.migrate.method import WORTH_A_ROUND, Method, Options
 from outboard.migrate.outbox import Outbox
+from outboard.migrate.refining import refined
 from outboard.migrate.report import Round
 from outboard.migrate.sending import Done
 from outboard.migrate.throttle import Holding, Throttle, usual
@@ -118,14 +119,14 @@ class Rounds:
 
     def _round(self) -> Done:
         # From here on it is known since when the trace is armed, and that nobody was let off the hold meanwhile.
-        written = self._trace.collect()
+        written = refined(self._guest, self._outbox, self._trace.collect())
         ranking.revive(self._outbox, written)
         self._outbox.again(written & self._outbox.already_sent(), ranking.UNCLASSED)
         self._due_pages = len(self._outbox.unsent())
         self._armed_at, self._due = time.monotonic(), _FIRST_LOOK_S
         self._ran = self._processor_seconds()
         done = self._send(self._look)
-        self._written = self._trace.collect()
+        self._written = refined(self._guest, self._outbox, self._trace.collect())
         self.throttle.look(time.monotonic() - self._armed_at, len(self._written))
         self._outbox.again(self._written, ranking.UNCLASSED)
         return done
@@ -133,7 +134,8 @@ class Rounds:
     def _look(self) -> None:
         """How much has been written so far, without forgetting it."""
         seconds = time.monotonic() - self._armed_at
-        if seconds < self._due or not self._options.throttles:
+        # A coarse trace tells too much before it is refined.
+        if seconds < self._due or not self._options.throttles or self._outbox.digests is not None:
             return
         self._due = seconds * _NEXT_LOOK
         self.throttle.look(seconds, len(self._trace.peek()))

@@ -9,17 +9,18 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from outboard.linux import tcp
-from outboard.migrate.outbox import Outbox
+from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.refining import note_digests
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
-from outboard.pages.shared import claim, claim_one
 from outboard.vmm.guest import Guest
 from outboard.wire.channel import Channel
 from outboard.wire.pace import LinkEstimate
@@ -67,8 +68,19 @@ _decode_order: msgspec.json.Decoder[Send | Say] = msgspec.json.Decoder(Send | Sa
 decode_done: msgspec.json.Decoder[Done] = msgspec.json.Decoder(Done)
 
 
-def batches(runs: Runs) -> Iterator[list[tuple[int, int]]]:
-    """Group runs, in order, into lists of at most _BATCH pages."""
+def batches(runs: Runs, unit: int = 1) -> Iterator[list[tuple[int, int]]]:
+    """Group runs, in order, into lists of at most _BATCH pages; a large page of ``unit`` pages is a list of its own."""
+    if unit > 1:
+        small: list[list[int]] = []
+        for piece in _cut(runs, unit):
+            if piece[1] < unit:
+                small.append(piece)
+                continue
+            yield from batches(np.array(small).reshape(-1, 2))
+            yield [(piece[0], unit)]
+            small = []
+        yield from batches(np.array(small).reshape(-1, 2))
+        return
     batch: list[tuple[int, int]] = []
     room = _BATCH
     for first, count in chop(runs, _BATCH).tolist():
@@ -83,6 +95,13 @@ def batches(runs: Runs) -> Iterator[list[tuple[int, int]]]:
         yield batch
 
 
+def _cut(runs: Runs, unit: int) -> Iterator[list[int]]:
+    """Runs, cut at multiples of ``unit``."""
+    for first, count in runs.tolist():
+        edges = [first, *range((first // unit + 1) * unit, first + count, unit), first + count]
+        yield from ([low, high - low] for low, high in pairwise(edges))
+
+
 class BulkSender:
     """Walks the outbox."""
 
@@ -91,7 +110,7 @@ class BulkSender:
         self._outbox = outbox
         self._channel = channel
         self._link = link
-        self._read: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
+        self._read: NDArray[np.uint8] = np.empty(max(_BATCH, outbox.unit) * PAGE_SIZE, dtype=np.uint8)
         self._estimate = LinkEstimate(time.monotonic)
         self._paced_at = 0
         self._paced = False
@@ -120,7 +139,7 @@ class BulkSender:
         if order.idle and self._outbox.halted:
             return False
         for rank in self._outbox.ranks_due(order.first, order.count, order.upto):
-            for batch in batches(self._outbox.due(order.first, order.count, rank)):
+            for batch in batches(self._outbox.due(order.first, order.count, rank), self._outbox.unit):
                 self._send_batch(batch)
                 now = time.monotonic_ns()
                 if now - self._paced_at > _PACE_NS:
@@ -142,6 +161,11 @@ class BulkSender:
             at = end
         content = self._read[:at]
         zero = zero_pages(content)
+        if self._outbox.unit > 1:
+            # Of a large page what the guest holds free need not be carried.
+            zero |= np.concatenate([self._outbox.rank[first : first + count] == NEVER for first, count in claimed])
+        if self._outbox.digests is not None:
+            note_digests(self._outbox.digests, claimed, content, zero)
         if zero.any():
             content = content.reshape(-1, PAGE_SIZE)[~zero].reshape(-1)
         sent = self._channel.send_pages(claimed, zero, content.data)
@@ -150,7 +174,7 @@ class BulkSender:
 
     def _claim(self, batch: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         for first, count in batch:
-            ours = claim(self._outbox.sent, first, count)
+            ours = self._outbox.claim(first, count)
             if ours.all():
                 yield first, count
             else:
@@ -180,10 +204,21 @@ class Answerer:
 
         :raise PeerError: the destination sent something that is no request.
         """
-        sent, stream, memory = self._outbox.sent, self._stream, self._guest.memory
+        outbox, stream, memory = self._outbox, self._stream, self._guest.memory
         while True:
             for page in stream.requests():
                 # What is taken is on its way already: the bulk had it before the request came.
-                if claim_one(sent, page):
+                if outbox.unit > 1:
+                    self._answer_whole(page // outbox.unit * outbox.unit)
+                elif outbox.claim_one(page):
                     memory.read_into(page, stream.page)
-                    self._outbox.count_urgent(1, stream.answer(page))
+                    outbox.count_urgent(1, stream.answer(page))
+
+    def _answer_whole(self, first: int) -> None:
+        outbox = self._outbox
+        if outbox.claim_one(first):
+            content: NDArray[np.uint8] = np.empty(outbox.unit * PAGE_SIZE, dtype=np.uint8)
+            self._guest.memory.read_into(first, content.data)
+            zero = zero_pages(content)
+            full = content.reshape(-1, PAGE_SIZE)[~zero].reshape(-1)
+            outbox.count_urgent(outbox.unit, self._stream.answer_whole(first, zero, full))

@@ -32,11 +32,13 @@ from outboard.migrate.sending import Done, Send
 from outboard.migrate.stale import Stale
 from outboard.migrate.states import Event, Machine, State, Where
 from outboard.migrate.steering import STEP_S, Speakers, Steering
+from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.trace.writes import open_write_trace
 from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure, take_back
 from outboard.vmm.guest import QemuGuest
+from outboard.vmm.large_pages import collapse, large_mappings
 
 
 class Outgoing:
@@ -74,7 +76,10 @@ class Outgoing:
         self.machine = Machine()
         self.findings = Findings()
         self.copied: Rounds | None = None
-        self.outbox = Outbox(guest.pages)
+        self._large = large_mappings(guest)
+        unit = max(region.page_size for region in guest.regions) // PAGE_SIZE
+        self.outbox = Outbox(guest.pages, unit=unit, digested=bool(self._large))
+        self.findings.large_mappings = len(self._large) // LARGE
         self.outbox.limit = options.max_bandwidth
         self.watch = Watch(migration, guest.name, options, self.machine, desk, time.monotonic, began)
         self.watch.outbox = self.outbox
@@ -179,6 +184,8 @@ class Outgoing:
         with contextlib.suppress(OutboardError, OSError):
             if self._stale.trace is not None:
                 self._stale.trace.close()
+            # The trace has broken up those that were written to.
+            collapse(self.guest, self._large.whole(LARGE) - large_mappings(self.guest))
 
     def _watch_vmm(self) -> None:
         self._vmm = pidfd.open(self.guest.pid)
@@ -216,6 +223,9 @@ class Outgoing:
 
     def _ready(self) -> None:
         """The destination is ready for pages."""
+        if self._large:
+            early = not self.options.method.resumes_early
+            self.line.control.send_pages(messages.LARGE, self._large, messages.Large(early=early))
         self._steering.on(Event.READY)
         self._send_early()
 

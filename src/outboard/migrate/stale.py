@@ -8,6 +8,7 @@ from outboard.migrate.findings import Findings
 from outboard.migrate.line import Line
 from outboard.migrate.method import PAUSE_MOST_S, PAUSE_SHARE, Options
 from outboard.migrate.outbox import Outbox
+from outboard.migrate.refining import refined
 from outboard.migrate.sending import Send
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
@@ -38,7 +39,7 @@ class Stale:
         sent = self._outbox.already_sent()
         written = self._written(sent)
         ranking.revive(self._outbox, written)
-        return written & sent
+        return refined(self._guest, self._outbox, written & sent)
 
     def send_early(self) -> None:
         """Send again what was written since it was sent, while the guest still runs: the less is left for the pause."""
@@ -56,7 +57,10 @@ class Stale:
         """
         outbox, line, options = self._outbox, self._line, self._options
         # In rounds also what was written during the last one: the destination holds it as it was before.
-        stale = self._written() | outbox.unsent() if options.method.rounds else self._found()
+        if options.method.rounds:
+            stale = refined(self._guest, outbox, self._written()) | outbox.unsent()
+        else:
+            stale = self._found()
         self._findings.resent_pages += len(stale)
         if options.method.resumes_early:
             rate = outbox.statistics().rate or _UNPACED
@@ -65,7 +69,8 @@ class Stale:
             upto = ranking.STALE_NOW
         else:
             now, later, upto = stale, PageSet(stale.pages), ranking.LAST
-        self._forget(later)
+        if later:
+            now -= self._forget(later)
         if now:
             outbox.again(now, ranking.STALE_NOW)
             line.order(Send(0, outbox.pages, upto, paced=False))
@@ -75,12 +80,15 @@ class Stale:
         """QEMU itself may write to the guest's memory while it saves devices: such pages are fetched again."""
         late = self._found()
         self._findings.resent_pages += len(late)
-        self._forget(late)
+        if late:
+            self._forget(late)
 
-    def _forget(self, pages: PageSet) -> None:
-        if pages:
-            self._outbox.again(pages, ranking.STALE_LATER)
-            self._line.control.send_pages(messages.FORGET, pages, messages.Forget())
+    def _forget(self, pages: PageSet) -> PageSet:
+        """Have pages forgotten, large ones whole; which those are."""
+        whole = pages if self._outbox.unit == 1 else pages.widened(self._outbox.unit)
+        self._outbox.again(whole, ranking.STALE_LATER)
+        self._line.control.send_pages(messages.FORGET, whole, messages.Forget())
+        return whole
 
     def revive(self) -> None:
         """Give a turn to what was free when the guest was asked, or without memory then, and was written since."""

@@ -54,6 +54,8 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         fault_p50_us=None if arrived is None else arrived.fault_p50_us,
         fault_p99_us=None if arrived is None else arrived.fault_p99_us,
         mapped_before_resume=None if arrived is None else arrived.mapped_before_resume,
+        large_mappings_before=found.large_mappings,
+        large_mappings_after=None if arrived is None else arrived.large_mappings,
         bulk_rate=found.bulk_rate,
         verified=found.verified,
         exit_code=_NO_ERROR if error is None else error.exit_code,

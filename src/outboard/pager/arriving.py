@@ -12,48 +12,43 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import KernelError, OutboardError, RefusedError
+from outboard.errors import KernelError, OutboardError
 from outboard.linux.userfaultfd import Features, Mode
+from outboard.pager import batches, placing
 from outboard.pages import PAGE_SIZE
-from outboard.pages.pageset import PageSet
+from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.residency import Residency, Where
 from outboard.pages.shared import shared_array
 from outboard.vmm.clamp import Clamp
-from outboard.vmm.guest import Guest, Region
+from outboard.vmm.guest import Guest
 
-_FEATURES = Features.MISSING_SHMEM | Features.MINOR_SHMEM
 _MODE = Mode.MISSING | Mode.MINOR
 
 
 class ArrivingMemory:
-    """The memory of one guest, absent at first.
+    """The memory of one guest, absent at first; made by :func:`arriving_memory`.
 
     :param guest: attached, its vCPUs stopped; all that its memory holds is thrown away.
     :param journal: a directory of its own for a successor to find out what has arrived.
-    :raise RefusedError: ``large-pages``: memory in hugetlb pages cannot be placed page by page.
     :raise KernelError: injection or registration failed.
 
     Synchronization: made before the engine's workers are forked; the one that serves faults and the one that places
     the bulk then share it, and the kernel decides between them. ``running`` changes once, before the guest resumes.
     """
 
+    unit = 1
+    """Pages that the kernel enters at once."""
+    features = Features.MISSING_SHMEM | Features.MINOR_SHMEM
+
     def __init__(self, guest: Guest, journal: Path) -> None:
-        for region in guest.regions:
-            if region.page_size != PAGE_SIZE:
-                raise RefusedError(
-                    "large-pages",
-                    f"{guest.name}: its memory at {region.gpa:#x} is in pages of {region.page_size >> 20} MiB, and "
-                    f'pages are placed {PAGE_SIZE} bytes at a time; start the VM with page_size = "4KiB" to migrate it',
-                )
         # Thrown away only when it is ours: it may be somebody's who is not to be disturbed.
-        self._hold(guest, journal, Clamp.inject(guest, _FEATURES, _MODE))
+        self._hold(guest, journal, Clamp.inject(guest, self.features, _MODE))
         # QEMU's own reset has written to a fresh destination; a page that is present would never fault.
         for region in guest.regions:
             guest.memory.punch(region.first, region.pages)
@@ -65,6 +60,8 @@ class ArrivingMemory:
         self._running: NDArray[np.uint8] = shared_array(1, np.uint8)
         self._clamp = clamp
         self.uffd = clamp.uffd
+        self._regions = guest.memory.table()
+        self._zeros: NDArray[np.uint8] = np.zeros(self.unit * PAGE_SIZE, dtype=np.uint8)
 
     @classmethod
     def take_again(cls, guest: Guest, journal: Path) -> Self:
@@ -79,9 +76,12 @@ class ArrivingMemory:
         memory._hold(guest, journal, clamp)
         memory.run()
         # What is present is the truth: the engine may have died before it noted a page that it had placed.
-        memory.residency.where[guest.memory.populated().mask()] = Where.RESIDENT
+        memory.residency.where[memory._present().mask()] = Where.RESIDENT
         memory.wake_all()
         return memory
+
+    def _present(self) -> PageSet:
+        return self.guest.memory.populated()
 
     @property
     def running(self) -> bool:
@@ -92,88 +92,50 @@ class ArrivingMemory:
         """The guest is about to resume: never again replace a page that is present."""
         self._running[0] = 1
 
-    def _pieces(self, first: int, count: int) -> Iterator[tuple[Region, int, int, int]]:
-        """Split a run at region edges: (region, first page, count, HVA)."""
-        for region in self.guest.regions:
-            low = max(first, region.first)
-            high = min(first + count, region.first + region.pages)
-            if low < high:
-                yield region, low, high - low, region.hva + (low - region.first) * PAGE_SIZE
+    def place(self, runs: Runs, zero: NDArray[np.bool_], content: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Put pages in as they have come: with content, or known to be zeros, which costs no memory.
 
-    def place(self, first: int, data: memoryview, address: int) -> None:
-        """Put whole pages in, from page ``first`` on.
-
-        :param data: their content; :param address: where ``data`` lies in this process.
+        :param runs: shape (n, 2); :param zero: one a page of theirs; :param content: of those that are not.
+        :return: those of them that somebody waits for.
+        :raise PeerError: such pages cannot come one by one.
         :raise KernelError: the kernel refused, ESRCH when the VMM has ended.
         """
-        count = len(data) // PAGE_SIZE
-        where = self.residency.where
-        if count == 1 and where[first] == Where.RESIDENT:
-            # A page that changed after it was sent, or one that the answer to a fault has overtaken.
-            if not self.running:
-                self.guest.memory.write(first, data)
-            return
-        for _, low, pages, hva in self._pieces(first, count):
-            at = (low - first) * PAGE_SIZE
-            if not self.running and where[low : low + pages].any():
-                self._replace(low, data[at : at + pages * PAGE_SIZE], hva, address + at)
-            else:
-                self._copy(hva, address + at, pages * PAGE_SIZE)
-        where[first : first + count] = Where.RESIDENT
+        met: NDArray[np.int64] = np.empty(zero.size, dtype=np.int64)
+        answer = placing.place(
+            self.uffd.fileno(),
+            self._regions,
+            self.residency.where,
+            self.waiting,
+            self.running,
+            np.ascontiguousarray(runs, dtype=np.int64),
+            zero,
+            content,
+            met,
+        )
+        if answer < 0:
+            raise KernelError(f"placing of {zero.size} pages in {self.guest.name}", -answer)
+        return met[:answer]
 
     def place_one(self, page: int, address: int) -> None:
         """Answer a fault: put one page in, if it is absent; ``address`` is where its content lies in this process."""
-        for region in self.guest.regions:
-            if region.first <= page < region.first + region.pages:
-                self._copy(region.hva + (page - region.first) * PAGE_SIZE, address, PAGE_SIZE)
-        self.residency.where[page] = Where.RESIDENT
-
-    def _replace(self, first: int, data: memoryview, hva: int, address: int) -> None:
-        for index in range(len(data) // PAGE_SIZE):
-            at = index * PAGE_SIZE
-            if self.residency.where[first + index] == Where.RESIDENT:
-                self.guest.memory.write(first + index, data[at : at + PAGE_SIZE])
-            else:
-                self._copy(hva + at, address + at, PAGE_SIZE)
-
-    def _copy(self, hva: int, address: int, length: int) -> None:
-        done = 0
-        while done < length:
-            answer = self.uffd.copy(hva + done, address + done, length - done)
-            if answer > 0:
-                done += answer
-            elif answer == -errno.EEXIST:
-                # Present already: a fault may have found it so between our copy and its own; let it look again.
-                self.uffd.wake(hva + done, PAGE_SIZE)
-                done += PAGE_SIZE
-            elif answer == -errno.EAGAIN:
-                time.sleep(0.0001)
-            else:
-                raise KernelError(
-                    f"UFFDIO_COPY of {length - done} bytes to {hva + done:#x} of {self.guest.name}", -answer
-                )
+        self._copy(page, address)
 
     def place_zero(self, page: int) -> None:
         """Answer a fault on a page that reads as zeros."""
-        for _, _, _, hva in self._pieces(page, 1):
-            while (answer := self.uffd.zeropage(hva, PAGE_SIZE)) == -errno.EAGAIN:
-                time.sleep(0.0001)
-            if answer == -errno.EEXIST:
-                self.uffd.wake(hva, PAGE_SIZE)
-            elif answer < 0:
-                raise KernelError(f"UFFDIO_ZEROPAGE at {hva:#x} of {self.guest.name}", -answer)
-        self.residency.where[page] = Where.RESIDENT
+        self._copy(page, self._zeros.ctypes.data)
 
-    def note_zeros(self, first: int, count: int) -> None:
-        """Know that pages read as zeros, without spending memory on them; who waits for one is woken to ask again."""
-        where = self.residency.where[first : first + count]
-        if not self.running and bool((where == Where.RESIDENT).any()):
-            self.guest.memory.punch(first, count)
-            where[:] = Where.ZERO
-            return
-        where[where != Where.RESIDENT] = Where.ZERO
-        for _, _, pages, hva in self._pieces(first, count):
-            self.uffd.wake(hva, pages * PAGE_SIZE)
+    def _copy(self, page: int, address: int) -> None:
+        size = self.unit * PAGE_SIZE
+        answer = batches.copy(self.uffd.fileno(), self._hva(page), address, size, size)
+        if answer < 0:
+            raise KernelError(f"UFFDIO_COPY of page {page} of {self.guest.name}", -answer)
+        self.residency.where[page : page + self.unit] = Where.RESIDENT
+
+    def _hva(self, page: int) -> int:
+        for region in self.guest.regions:
+            if page < region.first + region.pages:
+                return region.hva + (page - region.first) * PAGE_SIZE
+        raise ValueError(f"{self.guest.name} has no page {page}")
 
     def note_zero_set(self, pages: PageSet) -> None:
         """Know that all absent pages of a large set read as zeros, at once; what is present stays."""
@@ -190,18 +152,23 @@ class ArrivingMemory:
             self.guest.memory.punch(first, count)
             self.residency.where[first : first + count] = Where.PEER
 
-    def map_present(self, hva: int) -> None:
+    def map_present(self, page: int) -> None:
         """Answer a minor fault: the page is in the file, only its mapping is missing."""
-        while (answer := self.uffd.continue_(hva, PAGE_SIZE)) == -errno.EAGAIN:
+        hva, size = self._hva(page), self.unit * PAGE_SIZE
+        while (answer := self.uffd.continue_(hva, size)) == -errno.EAGAIN:
             time.sleep(0.0001)
         if answer < 0:
-            self.uffd.wake(hva, PAGE_SIZE)
+            self.uffd.wake(hva, size)
+
+    def ask_again(self, page: int) -> None:
+        """Have whoever waits for a page look again."""
+        self.uffd.wake(self._hva(page), self.unit * PAGE_SIZE)
 
     def page_of(self, address: int) -> int:
-        """The page number of an HVA inside the guest's memory."""
+        """The number of the page that an HVA inside the guest's memory is in; of a large page the first."""
         for region in self.guest.regions:
             if region.hva <= address < region.hva + region.pages * PAGE_SIZE:
-                return region.first + (address - region.hva) // PAGE_SIZE
+                return region.first + (address - region.hva) // PAGE_SIZE // self.unit * self.unit
         raise ValueError(f"{address:#x} is not in the memory of {self.guest.name}")
 
     def wake_all(self) -> None:

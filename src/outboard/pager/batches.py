@@ -30,7 +30,8 @@ _ROWS, _I8, _U1 = types.int64[:, ::1], types.int64[::1], types.uint8[::1]
 
 
 @njit(types.int64(_ROWS, types.int64), cache=True, nogil=True)
-def _row_of(regions: NDArray[np.int64], page: int) -> int:
+def row_of(regions: NDArray[np.int64], page: int) -> int:
+    """The row of the region that holds a page."""
     for row in range(regions.shape[0]):
         if regions[row, 0] <= page < regions[row, 0] + regions[row, 1]:
             return row
@@ -39,7 +40,7 @@ def _row_of(regions: NDArray[np.int64], page: int) -> int:
 
 @njit(types.int64(_ROWS, types.int64), cache=True, nogil=True)
 def _hva(regions: NDArray[np.int64], page: int) -> int:
-    row = _row_of(regions, page)
+    row = row_of(regions, page)
     return int(regions[row, 2] + (page - regions[row, 0]) * PAGE_SIZE)
 
 
@@ -50,6 +51,51 @@ def _ask(uffd: int, request: int, room: NDArray[np.int64]) -> int:
         if answer != -_EAGAIN:
             return answer
         native.poll(0, 0, 1)
+
+
+@njit(types.int64(types.int32, types.int64, types.int64), cache=True, nogil=True)
+def wake_range(uffd: int, hva: int, length: int) -> int:
+    """Let threads that wait in ``length`` bytes from ``hva`` on look again; 0 or a negated errno."""
+    room = np.empty(2, dtype=np.int64)
+    room[0], room[1] = hva, length
+    while True:
+        answer = native.ioctl(uffd, _WAKE, room.ctypes.data)
+        if answer != -_EAGAIN:
+            return answer
+        native.poll(0, 0, 1)
+
+
+@njit(types.int64(types.int32, types.int64, types.int64, types.int64, types.int64), cache=True, nogil=True)
+def copy(uffd: int, hva: int, source: int, length: int, step: int) -> int:
+    """Enter ``length`` bytes from address ``source`` on at ``hva`` where nothing is.
+
+    What is there stays, and who waits for it looks again.
+
+    :param step: the size of a page there.
+    :return: 0 or a negated errno.
+    """
+    room = np.empty(5, dtype=np.int64)
+    end = hva + length
+    while hva < end:
+        room[0], room[1], room[2], room[3], room[4] = hva, source, end - hva, 0, 0
+        answer = native.ioctl(uffd, _COPY, room.ctypes.data)
+        done = room[4] if room[4] != 0 else answer
+        if answer == 0:
+            done = end - hva
+        elif done == -_EEXIST:
+            # A fault may have found it so between our copy and its own.
+            answer = wake_range(uffd, hva, step)
+            if answer < 0:
+                return answer
+            done = step
+        elif done == -_EAGAIN:
+            native.poll(0, 0, 1)
+            continue
+        elif done < 0:
+            return int(done)
+        hva += done
+        source += done
+    return 0
 
 
 @njit(types.int64(types.int32, _ROWS, _ROWS, types.int64), cache=True, nogil=True)
@@ -81,7 +127,7 @@ def read(regions: NDArray[np.int64], runs: NDArray[np.int64], into: NDArray[np.u
     """Read the runs from the guest's files into ``into``, one after the other."""
     at = into.ctypes.data
     for index in range(runs.shape[0]):
-        row = _row_of(regions, runs[index, 0])
+        row = row_of(regions, runs[index, 0])
         offset = regions[row, 3] + (runs[index, 0] - regions[row, 0]) * PAGE_SIZE
         length = runs[index, 1] * PAGE_SIZE
         answer = native.pread(regions[row, 4], at, length, offset)
@@ -95,7 +141,7 @@ def read(regions: NDArray[np.int64], runs: NDArray[np.int64], into: NDArray[np.u
 def punch(regions: NDArray[np.int64], runs: NDArray[np.int64]) -> int:
     """Free the memory of the runs, which unmaps it."""
     for index in range(runs.shape[0]):
-        row = _row_of(regions, runs[index, 0])
+        row = row_of(regions, runs[index, 0])
         offset = regions[row, 3] + (runs[index, 0] - regions[row, 0]) * PAGE_SIZE
         answer = native.fallocate(regions[row, 4], _PUNCH, offset, runs[index, 1] * PAGE_SIZE)
         if answer < 0:
@@ -106,26 +152,13 @@ def punch(regions: NDArray[np.int64], runs: NDArray[np.int64]) -> int:
 @njit(types.int64(types.int32, _ROWS, _ROWS, _U1), cache=True, nogil=True)
 def place(uffd: int, regions: NDArray[np.int64], runs: NDArray[np.int64], content: NDArray[np.uint8]) -> int:
     """Enter pages that are absent; what is present already stays."""
-    room = np.empty(5, dtype=np.int64)
     source = content.ctypes.data
     for index in range(runs.shape[0]):
-        hva = _hva(regions, runs[index, 0])
-        end = hva + runs[index, 1] * PAGE_SIZE
-        while hva < end:
-            room[0], room[1], room[2], room[3], room[4] = hva, source, end - hva, 0, 0
-            answer = native.ioctl(uffd, _COPY, room.ctypes.data)
-            done = room[4] if room[4] != 0 else answer
-            if answer == 0:
-                done = end - hva
-            elif done == -_EEXIST:
-                done = PAGE_SIZE
-            elif done == -_EAGAIN:
-                native.poll(0, 0, 1)
-                continue
-            elif done < 0:
-                return int(done)
-            hva += done
-            source += done
+        length = runs[index, 1] * PAGE_SIZE
+        answer = copy(uffd, _hva(regions, runs[index, 0]), source, length, PAGE_SIZE)
+        if answer < 0:
+            return answer
+        source += length
     return 0
 
 

@@ -20,7 +20,6 @@ from outboard.errors import UnreachableError
 from outboard.linux.userfaultfd import FaultFlag
 from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.latency import Latencies, LatencyHistogram
-from outboard.pages import PAGE_SIZE
 from outboard.pages.residency import Where
 from outboard.pages.shared import shared_array
 from outboard.stores.peer import PeerStore
@@ -124,11 +123,11 @@ class PeerFaultServer:
         count = memory.uffd.read_into(self._messages)
         for index in range(count):
             _, flags, address, _ = _MESSAGE.unpack_from(self._messages, index * _MESSAGE.size)
+            page = memory.page_of(address)
             if flags & _MINOR_FAULT:
-                memory.map_present(address & -PAGE_SIZE)
+                memory.map_present(page)
                 counts[_MINOR] += 1
                 continue
-            page = memory.page_of(address)
             # Say that somebody waits before looking where the page is: the bulk looks after it has placed.
             waiting[page] = 1
             at = where[page]
@@ -141,12 +140,17 @@ class PeerFaultServer:
                 if not self._arrived(page):
                     counts[_ZERO] += 1
             else:
-                memory.uffd.wake(address & -PAGE_SIZE, PAGE_SIZE)
+                memory.ask_again(page)
                 counts[_RACED] += 1
         if wanted:
             self._peer.ask(wanted)
 
     def _answers(self) -> None:
+        if self._memory.unit > 1:
+            for runs, zero, content in self._peer.fetched_whole():
+                for page in self._memory.place(runs, zero, content).tolist():
+                    self._arrived(page)
+            return
         for page, address in self._peer.fetched():
             if address is None:
                 self._memory.place_zero(page)

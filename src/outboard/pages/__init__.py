@@ -4,3 +4,5 @@ A guest's pages are numbered from 0 in units of :data:`PAGE_SIZE`, whatever the 
 """
 
 PAGE_SIZE = 4096
+LARGE = 512
+"""Pages in a large page: 2 MiB."""

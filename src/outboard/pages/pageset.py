@@ -160,6 +160,28 @@ class PageSet:
         """
         _mark(self._bits, self._checked(runs), False)
 
+    def whole(self, block: int) -> PageSet:
+        """Of each aligned block of ``block`` pages (a multiple of 8) that is wholly in the set its pages; no others."""
+        return self._by_block(block, np.bitwise_and, 0xFF)
+
+    def widened(self, block: int) -> PageSet:
+        """All pages of each aligned block of ``block`` pages (a multiple of 8) that has one of ours."""
+        return self._by_block(block, np.bitwise_or, 0)
+
+    def _by_block(self, block: int, combine: np.ufunc, nothing: int) -> PageSet:
+        octets = block // 8
+        blocks = -(-self._bits.size // octets)
+        padded = np.full(blocks * octets, nothing, dtype=np.uint8)
+        padded[: self._bits.size] = self._bits
+        if nothing and self.pages & 7:
+            padded[self._bits.size - 1] |= 0xFF << (self.pages & 7) & 0xFF
+        of_block = combine.reduce(padded.reshape(blocks, octets), axis=1)
+        kept = np.where(of_block == 0xFF, 0xFF, 0) if nothing else np.where(of_block != 0, 0xFF, 0)
+        bits = np.repeat(kept.astype(np.uint8), octets)[: self._bits.size]
+        if self.pages & 7 and bits.size:
+            bits[-1] &= (1 << (self.pages & 7)) - 1
+        return PageSet(self.pages, bits)
+
     def copy(self) -> PageSet:
         """Another set of the same pages."""
         return PageSet(self.pages, self._bits.copy())

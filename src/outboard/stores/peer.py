@@ -9,7 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+import numpy as np
+from numpy.typing import NDArray
+
 from outboard.errors import UnreachableError
+from outboard.pages.pageset import Runs
 from outboard.wire.channel import Channel
 from outboard.wire.urgent import Asking
 
@@ -65,3 +69,7 @@ class PeerStore:
     def fetched(self) -> Iterator[tuple[int, int | None]]:
         """What has come, as :meth:`outboard.wire.urgent.Asking.answers`."""
         return iter(()) if self._stream is None else self._stream.answers()
+
+    def fetched_whole(self) -> Iterator[tuple[Runs, NDArray[np.bool_], NDArray[np.uint8]]]:
+        """What has come, several pages at a time, as :meth:`outboard.wire.urgent.Asking.frames`."""
+        return iter(()) if self._stream is None else self._stream.frames()

@@ -110,12 +110,12 @@ class Clamp:
 
         :raise KernelError: ENOENT: nobody has the memory, so a userfaultfd that lies about is somebody else's affair.
         """
-        start = self.guest.regions[0].hva
+        start, size = self.guest.regions[0].hva, self.guest.regions[0].page_size
         if self.mode & Mode.WP:
-            self.uffd.write_protect(start, PAGE_SIZE, protect=False)
+            self.uffd.write_protect(start, size, protect=False)
             return
         try:
-            self.uffd.continue_(start, PAGE_SIZE)
+            self.uffd.continue_(start, size)
         except KernelError as error:
             # EFAULT: the page is absent, in memory that somebody holds.
             if error.errno != errno.EFAULT:

@@ -76,6 +76,8 @@ class GuestMemory:
         self._regions = regions
         self._starts = [region.offset for region in regions]
         self._fds: list[int] = []
+        # hugetlbfs takes no write(2).
+        self._process = -1
         files: dict[tuple[int, int], int] = {}
         try:
             for region in regions:
@@ -83,15 +85,17 @@ class GuestMemory:
                 if key not in files:
                     files[key] = proc.open_mapping(pid, region.mapping)
                 self._fds.append(files[key])
+            if any(region.page_size > PAGE_SIZE for region in regions):
+                self._process = _open_memory(pid)
         except KernelError:
             self.close()
             raise
 
     def close(self) -> None:
         """Idempotent."""
-        for fd in set(self._fds):
+        for fd in {*self._fds, self._process} - {-1}:
             os.close(fd)
-        self._fds = []
+        self._fds, self._process = [], -1
 
     def files(self) -> Iterator[tuple[Region, int]]:
         """Each region with the descriptor that it is read by, which stays this object's."""
@@ -119,11 +123,14 @@ class GuestMemory:
             self._whole(os.preadv, fd, part, offset, f"read of {pages} pages from page {low} of {self._what}")
 
     def write(self, first: int, data: memoryview) -> None:
-        """Write whole pages from page ``first`` on.
+        """Write whole pages from page ``first`` on; in hugetlbfs only those that the process has mapped.
 
-        :raise KernelError: the write failed, or came short; hugetlbfs takes none. :raise ValueError: no such pages.
+        :raise KernelError: the write failed, or came short. :raise ValueError: there are no such pages.
         """
         for fd, offset, low, pages in self._pieces(first, len(data) // PAGE_SIZE):
+            if self._process >= 0:
+                region = next(one for one in self._regions if low < one.first + one.pages)
+                fd, offset = self._process, region.hva + (low - region.first) * PAGE_SIZE
             at = (low - first) * PAGE_SIZE
             part = data[at : at + pages * PAGE_SIZE]
             self._whole(os.pwritev, fd, part, offset, f"write of {pages} pages at page {low} of {self._what}")
@@ -181,6 +188,14 @@ class GuestMemory:
         return found
 
 
+def _open_memory(pid: int) -> int:
+    path = f"/proc/{pid}/mem"
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(f"open of {path}", error.errno or errno.EIO) from error
+
+
 class AnonymousMemory(GuestMemory):
     """The content of pages that no file holds, through /proc/PID/mem.
 
@@ -197,12 +212,12 @@ class AnonymousMemory(GuestMemory):
         self._regions = regions
         self._starts = [region.hva for region in regions]
         self._pagemap = Pagemap(pid)
-        path = f"/proc/{pid}/mem"
+        self._process = -1
         try:
-            self._fds = [os.open(path, os.O_RDWR | os.O_CLOEXEC)] * len(regions)
-        except OSError as error:
+            self._fds = [_open_memory(pid)] * len(regions)
+        except KernelError:
             self._pagemap.close()
-            raise KernelError(f"open of {path}", error.errno or errno.EIO) from error
+            raise
 
     def close(self) -> None:
         """Idempotent."""

@@ -32,7 +32,8 @@ from outboard.errors import PeerError
 MAGIC = b"OBRD"
 VERSION = 1
 MAX_PAYLOAD = 4 << 20
-MAX_PAGES = 256
+MAX_PAGES = 512
+"""A large page."""
 MAX_REQUEST = 512
 PAGE = 4096
 

@@ -13,11 +13,12 @@ import struct
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from outboard.errors import PeerError
 from outboard.wire import frames
 from outboard.wire.channel import Channel
-from outboard.wire.frames import PAGE, Kind
+from outboard.wire.frames import PAGE, Kind, Pages
 
 _NUMBER = struct.Struct("<Q")
 _ASKED = struct.Struct("<QQQ")
@@ -84,11 +85,25 @@ class Asking:
         usual = (head, check, counts) == _FULL_WORDS and count == 1 and not zero and page < self.channel.limit
         return int(page) if usual else None
 
-    def _others(self) -> Iterator[tuple[int, int | None]]:
+    def frames(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.uint8]]]:
+        """What has come, a frame at a time: runs of page numbers, which of them are zeros, the content of the others.
+
+        For large pages, which come whole. Errors and the life of a content as for :meth:`answers`.
+        """
+        while True:
+            pages = self._receive()
+            yield np.array(pages.runs, dtype=np.int64), pages.zero, np.frombuffer(pages.data, dtype=np.uint8)
+            if not self.channel.pending():
+                return
+
+    def _receive(self) -> Pages:
         frame = self.channel.receive()
         if frame.kind is not Kind.PAGES:
             raise PeerError(f"an answer to a page fault came as {frame.kind.name}, not PAGES")
-        pages = self.channel.pages(frame)
+        return self.channel.pages(frame)
+
+    def _others(self) -> Iterator[tuple[int, int | None]]:
+        pages = self._receive()
         address = ctypes.addressof(ctypes.c_char.from_buffer(pages.data)) if len(pages.data) else 0
         for page, zero in zip(_numbers(pages.runs), pages.zero.tolist(), strict=True):
             yield page, None if zero else address
@@ -123,6 +138,10 @@ class Answering:
         if frame.kind is not Kind.REQUEST:
             raise PeerError(f"a page request came as {frame.kind.name}")
         return self.channel.requested(frame)
+
+    def answer_whole(self, first: int, zero: NDArray[np.bool_], content: NDArray[np.uint8]) -> int:
+        """Send a large page: which of its pages are zeros, and the others; bytes sent."""
+        return self.channel.send_pages([(first, zero.size)], zero, content.data)
 
     def answer(self, page: int) -> int:
         """Send what is in :attr:`page`; bytes sent."""
