@@ -56,7 +56,7 @@ def test_each_interval_has_a_curve(busy: Target) -> None:
     assert len(lines) >= 2
     for line in lines[:2]:
         found = json.loads(line)
-        assert found["seconds"] == pytest.approx(1, abs=0.4)
+        assert found["seconds"] >= 0.9
         assert found["points"][0]["ratio"] is None
 
 

@@ -54,6 +54,39 @@ def test_no_batch_is_longer_than_a_frame_and_all_but_the_last_are_full(pairs: li
     assert all(0 < size <= 64 for size in sizes)
 
 
+@given(st.lists(ranks.map(lambda rank: [*rank, *rank][:512]), min_size=3, max_size=3), st.sets(st.integers(0, 1535)))
+def test_large_pages_go_whole_in_the_turn_of_their_first_and_then_by_themselves(
+    rank: list[list[int]], stale: set[int]
+) -> None:
+    outbox = Outbox(1536, unit=512)
+    outbox.rank[:] = np.concatenate(rank)
+    first_turns = [min(block) for block in rank]
+
+    def walk() -> list[tuple[int, int]]:
+        met = []
+        for turn in outbox.ranks_due(0, 1536, NEVER - 1):
+            for batch in batches(outbox.due(0, 1536, turn), 512):
+                assert all(outbox.claim(first, count).all() for first, count in batch)
+                met += batch
+        return met
+
+    whole = walk()
+    due = [block for block, turn in enumerate(first_turns) if turn != NEVER]
+    assert whole == [(block * 512, 512) for block in sorted(due, key=lambda block: (first_turns[block], block))]
+    again = [page for page in sorted(stale) if first_turns[page // 512] != NEVER]
+    outbox.again(PageSet.from_numbers(1536, np.array(again, dtype=np.int64)), 0)
+    assert [page for first, count in walk() for page in range(first, first + count)] == again
+    assert not outbox.unsent()
+
+
+def test_of_two_who_want_a_large_page_one_gets_it() -> None:
+    outbox = Outbox(1024, unit=512)
+    assert outbox.claim_one(512)
+    assert not outbox.claim(512, 512).any()
+    assert outbox.claim(0, 512).all()
+    assert not outbox.claim_one(0)
+
+
 def test_a_page_that_changed_gets_another_turn() -> None:
     outbox = filled([2] * PAGES, set(range(PAGES)))
     assert not outbox.unsent()

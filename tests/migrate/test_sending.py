@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from outboard.migrate.outbox import Outbox
+from outboard.migrate.outbox import NEVER, Outbox
 from outboard.migrate.sending import Answerer, BulkSender, Send, decode_done, encode_order
 from outboard.migrate.worker import Worker
 from outboard.pages.pageset import PageSet
@@ -114,6 +114,39 @@ def test_time_that_is_up_leaves_the_rest(guest: Guest, peer: Peer) -> None:
     assert not done(worker)
     assert len(outbox.unsent()) == 640 - 64
     worker.end()
+
+
+def test_large_pages_go_in_one_frame_without_what_is_free(guest: Guest, peer: Peer) -> None:
+    outbox = Outbox(guest.pages, unit=512, digested=True)
+    outbox.rank[512:1024] = 5
+    outbox.rank[512:520] = 3
+    outbox.rank[600:700] = NEVER
+    worker = bulk(guest, outbox, peer)
+    worker.tell(encode_order(Send(0, guest.pages, 4, paced=False)))
+    pages = peer.far.pages(peer.far.receive(5))
+    assert pages.runs == [(512, 512)]
+    assert pages.zero.tolist() == [page % 2 == 1 or 600 <= page < 700 for page in range(512, 1024)]
+    assert done(worker)
+    assert outbox.already_sent() == PageSet.from_runs(guest.pages, np.array([[512, 512]]))
+    assert outbox.digests is not None
+    assert outbox.digests[602] == outbox.digests[513] != outbox.digests[512]
+    worker.end()
+
+
+def test_a_fault_on_a_large_page_is_answered_with_all_of_it(guest: Guest, peer: Peer) -> None:
+    outbox = Outbox(guest.pages, unit=512)
+    answerer = Worker("test-answer", lambda _: Answerer(guest, outbox, peer.channel).serve(), urgent=True)
+    asking = Asking(peer.far)
+    asking.ask([512])
+    asking.ask([515])
+    asking.ask([0])
+    for first in (512, 0):
+        runs, zero, content = next(asking.frames())
+        assert runs.tolist() == [[first, 512]]
+        assert zero.tolist() == [page % 2 == 1 for page in range(512)]
+        assert content[0] == first % 255 + 1
+    assert outbox.statistics().urgent_pages == 1024
+    answerer.end()
 
 
 def test_a_fault_is_answered_once_and_the_bulk_passes_over_it(guest: Guest, peer: Peer) -> None:

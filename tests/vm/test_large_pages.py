@@ -39,22 +39,22 @@ def large(vm: Vm, host: str) -> int:
         return len(large_mappings(guest)) // LARGE
 
 
-@pytest.mark.parametrize("method", ["enlightened", "post-copy", "pre-copy", "hybrid"])
+@pytest.mark.parametrize("method", ["enlightened", "pre-copy"])
 def test_as_many_large_mappings_after_as_before(vm: Vm, method: str) -> None:
     before = large(vm, "a")
     assert before > _MIB // 4
     done = vm.cluster.a.outboard("migrate", vm.name, "b", "-o", "ndjson", f"--{method}", "--max-downtime", "2s")
     assert done.returncode == 0, done.stderr + vm.cluster.a.log()[-2000:] + vm.cluster.b.log()[-2000:]
     summary = summary_of(done.stdout)
-    print(summary)
     vm.verify("b")
     assert summary["large_mappings_before"] == before
     assert summary["large_mappings_after"] == large(vm, "b") >= 0.99 * before
 
 
 def test_every_page_is_the_same_and_back_again(vm: Vm) -> None:
-    for source, target in (("a", "b"), ("b", "a")):
-        done = vm.cluster.hosts[source].outboard("migrate", vm.name, target, "-o", "ndjson", "--verify")
+    for source, target, method in (("a", "b", "post-copy"), ("b", "a", "hybrid")):
+        options = ("-o", "ndjson", "--verify", f"--{method}")
+        done = vm.cluster.hosts[source].outboard("migrate", vm.name, target, *options)
         assert done.returncode == 0, done.stderr
         assert summary_of(done.stdout)["verified"] is True
         vm.verify(target)

@@ -17,7 +17,7 @@ from outboard.agent.config import runtime_dir
 from outboard.cli.findings import Finding, Verdict
 from outboard.cli.output import size_text
 from outboard.errors import KernelError, OutboardError
-from outboard.linux import cgroup, hugetlb, pagemap, proc, ptrace
+from outboard.linux import cgroup, hugetlb, pagemap, proc, ptrace, transhuge
 from outboard.linux.userfaultfd import Features, available_features
 from outboard.vmm.accelerator import why_not_kvm
 
@@ -132,8 +132,17 @@ def memory() -> Iterator[Finding]:
         free = size_text(room.f_bavail * room.f_frsize)
         yield Finding("shm", Verdict.OK, f"{_SHM}: {free} free", "for QEMUs that others start with memory there")
     pools = [f"{size_text(one.page_size)}: {one.free} of {one.total} free" for one in hugetlb.pools() if one.total]
-    follows = 'VMs with page_size = "2MiB" can start, and cannot be migrated' if pools else "VMs have pages of 4 KiB"
+    follows = 'VMs with page_size = "2MiB" can start here, or come here' if pools else "VMs have pages of 4 KiB"
     yield Finding("huge pages", Verdict.OK, "; ".join(pools) or "none reserved", follows)
+    setting = transhuge.shmem_enabled()
+    if setting in ("never", "deny"):
+        follows, remedy = (
+            "a VM that comes here keeps none of its large mappings, but for hugetlb pages",
+            (f"echo advise > {transhuge.SHMEM_ENABLED}"),
+        )
+        yield Finding("large mappings", Verdict.NOTE, f"shmem_enabled is {setting}", follows, remedy)
+    else:
+        yield Finding("large mappings", Verdict.OK, f"shmem_enabled is {setting}", "VMs get and keep large mappings")
 
 
 def qemu() -> Iterator[Finding]:

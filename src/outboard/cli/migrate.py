@@ -177,6 +177,10 @@ def _print_summary(summary: report.Summary) -> None:
             "faults",
             f"{summary.remote_faults or 0} remote, p50 {us(summary.fault_p50_us)}, p99 {us(summary.fault_p99_us)}",
         ),
+        (
+            "large",
+            f"{summary.large_mappings_before or 0} mappings of 2 MiB before, {summary.large_mappings_after or 0} after",
+        ),
         ("verified", {None: "not asked for", True: "every page equal", False: "DIFFERENT"}[summary.verified]),
     ]
     for name, words in rows:

@@ -314,6 +314,7 @@ class Incoming:
             if worker is not None:
                 worker.tell(b"stop")
                 worker.join()
+        self._large.finish()
         self._memory.release()
         served = self._counters.statistics()
         arrived = messages.Arrived(
@@ -324,7 +325,7 @@ class Incoming:
             fault_p50_us=served.latencies.percentile_us(0.5),
             fault_p99_us=served.latencies.percentile_us(0.99),
             mapped_before_resume=self._mapped_before_resume,
-            large_mappings=self._large.finish(),
+            large_mappings=self._large.count(),
         )
         self._note_arrived(messages.encode(arrived))
         # A source that does not hear it asks the agent.

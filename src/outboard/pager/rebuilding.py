@@ -1,9 +1,8 @@
 """Rebuilding large mappings at the destination: a process that looks for blocks whose small pages have all arrived.
 
 Pages are placed 4 KiB at a time, which is what answers a fault soonest. Where the source had a large mapping, the block
-gets one here too once all of it is there, small pages of zeros filled in: memory that reads as zeros without having any
-cannot be part of a large page. What is left at the end, after the memory has been given back to the VMM, is rebuilt
-then, holes included.
+gets one here too once all of it is there, small pages of zeros filled in: what reads as zeros without having memory
+cannot be part of a large page. A large page of hugetlbfs that holds nothing but zeros gets its memory again.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ class Rebuilding:
 
     @property
     def needed(self) -> bool:
-        """Whether there is anything to do; large pages of hugetlbfs are never anything else."""
-        return self._memory.unit == 1 and bool((self._blocks == _WANTED).any())
+        """Whether there is anything to do."""
+        return bool((self._blocks == _WANTED).any())
 
     def want(self, pages: PageSet) -> None:
         """Rebuild those of ``pages`` that are whole blocks."""
@@ -61,8 +60,13 @@ class Rebuilding:
                     return
                 self._rebuild(block)
 
-    def finish(self) -> int:
-        """Rebuild what is left, once nothing is missing and the memory is the VMM's own; its large mappings then."""
+    def finish(self) -> None:
+        """Rebuild what is left, once nothing is missing."""
+        for block in self._complete().tolist():
+            self._rebuild(block)
+
+    def count(self) -> int:
+        """How many large mappings there are, once the memory is the VMM's own; what could not be before is rebuilt."""
         guest = self._memory.guest
         if self._memory.unit == 1:
             wanted = np.flatnonzero(self._blocks != _NO) * LARGE
@@ -78,13 +82,13 @@ class Rebuilding:
 
     def _rebuild(self, block: int) -> None:
         memory, first = self._memory, block * LARGE
-        for page in np.flatnonzero(memory.residency.where[first : first + LARGE] == Where.ZERO).tolist():
-            memory.place_zero(first + page)
-        pages = PageSet.from_runs(memory.guest.pages, np.array([[first, LARGE]]))
-        try:
-            collapse(memory.guest, pages)
-        except KernelError:
-            # The VMM has ended, which whoever forked us knows as well.
-            return
+        for page in np.flatnonzero(memory.residency.where[first : first + LARGE : memory.unit] == Where.ZERO).tolist():
+            memory.place_zero(first + page * memory.unit)
+        if memory.unit == 1:
+            try:
+                collapse(memory.guest, PageSet.from_runs(memory.guest.pages, np.array([[first, LARGE]])))
+            except KernelError:
+                # The VMM has ended, which whoever forked us knows as well.
+                return
         # Whether or not it would: it is tried once more at the end.
         self._blocks[block] = _DONE

@@ -39,6 +39,8 @@ def qemu_arguments(spec: VmSpec, *, memory_fd: int, tap_fds: list[int], incoming
         machine += f",{_SPARE_DEVICES}"
     # Opened by path, even if the path is a descriptor's: QEMU 8.1 and later leave only such memory out of a migration.
     memory = f"memory-backend-file,id=ram,share=on,size={spec.memory_bytes},mem-path=/proc/self/fd/{memory_fd}"
+    # Where the host gives large pages to shared memory that asks for them, as QEMU does, it can: only what is aligned.
+    memory += f",align={2 * MIB}"
     arguments = [spec.qemu, "-name", f"{spec.name},debug-threads=on", "-machine", machine, "-cpu", spec.cpu]
     arguments += ["-smp", str(spec.vcpus), "-m", f"{spec.memory_bytes // MIB}M", "-object", memory]
     arguments += ["-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]

@@ -8,7 +8,7 @@
     cpu = "max"                      # QEMU's -cpu
     machine = "q35"                  # QEMU's -machine
     accel = "auto"                   # "kvm", "tcg"; auto takes KVM where it really runs a guest
-    page_size = "4KiB"               # "2MiB": the memory is made of huge pages; such a VM cannot be migrated yet
+    page_size = "4KiB"               # "2MiB": the memory is made of huge pages (hugetlb), here and wherever it moves
     qemu = "qemu-system-x86_64"      # the program, by name or by absolute path
     guest_agent = true               # a virtio port for the QEMU guest agent
     extra_args = []                  # given to QEMU as they are, at the end
