@@ -68,6 +68,37 @@ def test_nothing_is_missed_while_writers_run(backend: Callable[[Guest], WriteTra
         guest.memory.close()
 
 
+def test_a_coarse_trace_tells_of_dense_blocks_whole() -> None:
+    with Target(mebibytes=7) as target, guest_of(target) as guest, MessageTrace(guest, coarse=True) as trace:
+        for page in (5, 600, *range(1030, 1037)):
+            target.ask(f"w {page} 1")
+        assert numbers(trace.collect()) == [5, 600, *range(1030, 1037)]
+        for page in (5, 600, *range(1030, 1038), 1539, *range(1700, 1709)):
+            target.ask(f"w {page} 1")
+        assert numbers(trace.peek()) == [5, 600, *range(1024, 1792)]
+        before = trace.writers(PageSet.full(guest.pages), 0).total()
+        target.ask("w 1500 2")
+        assert trace.writers(PageSet.full(guest.pages), 0).total() == before
+        assert numbers(trace.collect()) == [5, 600, *range(1024, 1792)]
+        target.ask("w 1500 3")
+        assert numbers(trace.collect()) == [1500]
+
+
+def test_a_coarse_trace_misses_nothing_either() -> None:
+    with Target(mebibytes=4) as target, guest_of(target) as guest, MessageTrace(guest, coarse=True) as trace:
+        copy, stale = np.empty((target.pages, 4096), dtype=np.uint8), PageSet.full(target.pages)
+        target.ask("g")
+        for _ in range(30):
+            for first, count in stale:
+                guest.memory.read_into(first, copy[first : first + count].reshape(-1).data)
+            stale = trace.collect()
+        assert target.ask("s").startswith("bad 0 of")
+        truth = np.empty_like(copy)
+        guest.memory.read_into(0, truth.reshape(-1).data)
+        told = (stale | trace.collect()).mask()
+        assert np.array_equal(copy[~told], truth[~told]), "a page that was written was not collected"
+
+
 def test_a_look_at_a_part_tells_of_neighbours_and_leaves_the_rest() -> None:
     require("wp-async", "pagemap-scan")
     with Target(mebibytes=16) as target:

@@ -34,7 +34,7 @@ from outboard.migrate.states import Event, Machine, State, Where
 from outboard.migrate.steering import STEP_S, Speakers, Steering
 from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet
-from outboard.trace.writes import open_write_trace
+from outboard.trace.writes import open_write_trace, traces_pages
 from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure, take_back
 from outboard.vmm.guest import QemuGuest
@@ -78,7 +78,7 @@ class Outgoing:
         self.copied: Rounds | None = None
         self._large = large_mappings(guest)
         unit = max(region.page_size for region in guest.regions) // PAGE_SIZE
-        self.outbox = Outbox(guest.pages, unit=unit, digested=bool(self._large))
+        self.outbox = Outbox(guest.pages, unit=unit, digested=bool(self._large) or not traces_pages())
         self.findings.large_mappings = len(self._large) // LARGE
         self.outbox.limit = options.max_bandwidth
         self.watch = Watch(migration, guest.name, options, self.machine, desk, time.monotonic, began)
@@ -205,7 +205,7 @@ class Outgoing:
         layout = [(region.first, region.pages, region.gpa) for region in guest.regions]
         self.line.request(messages.Prepare(migration=self.migration, vm=guest.name, spec=self._spec, layout=layout))
         if self._wants_trace:
-            self._stale.trace = open_write_trace(guest)
+            self._stale.trace = open_write_trace(guest, coarse=True)
             statistics = self._stale.trace.statistics()
             self.findings.trace = statistics.backend
             self.findings.arm_ms = statistics.armed_ns / 1e6

@@ -6,7 +6,9 @@ Three back ends answer the same question; :func:`open_write_trace` takes the fir
 ``pagemap``    PAGEMAP_SCAN and            The kernel notes writes by itself; asking re-arms in the same
                UFFD_FEATURE_WP_ASYNC       walk of the page tables. 1 to 5 ms for 512 MiB (Linux 6.7).
 ``messages``   UFFDIO_WRITEPROTECT         The first write to a page waits until a thread of ours has noted
-               (Linux 5.19 for shmem)      it: the writer pays 10 to 20 us a page and round.
+               (Linux 5.19 for shmem)      it: the writer pays 10 to 20 us a page and round. Coarse, it pays
+                                           that for eight pages of a block of 2 MiB, and the block is told
+                                           of whole.
 ``soft-dirty`` /proc/PID/clear_refs        Reading and clearing are two steps, so the whole VMM is stopped
                                            by SIGSTOP for the milliseconds between them.
 =============  ==========================  ==============================================================
@@ -34,14 +36,17 @@ from outboard.errors import RefusedError
 from outboard.linux import pagemap, pidfd, proc
 from outboard.linux.pagemap import Category, Pagemap
 from outboard.linux.userfaultfd import Fault, FaultFlag, Features, Mode, available_features
-from outboard.pages import PAGE_SIZE
+from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs, shifted
 from outboard.trace.writers import blocks_around, watch_writers
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest, Region
 
-_NEAR = 512
+_NEAR = LARGE
 """Pages: ranges to look at are rounded to 2 MiB, so that one walk covers neighbours."""
+_DENSE = 8
+"""Writes to different pages of one block after which a coarse trace lets all of it be: the writer has waited for 100 us
+by then, and to look at 2 MiB takes whoever refines the trace a third of a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,16 +211,20 @@ class PagemapTrace(_Registered):
 
 
 class MessageTrace(_Registered):
-    """The synchronous back end: a thread notes each first write and lets the writer go on."""
+    """The synchronous back end: a thread notes each first write and lets the writer go on.
+
+    :param coarse: tell of blocks of 2 MiB that are written densely as a whole.
+    """
 
     backend = "messages"
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, *, coarse: bool = False) -> None:
         super().__init__(guest, Features.PAGEFAULT_FLAG_WP | Features.WP_HUGETLBFS_SHMEM | Features.THREAD_ID)
         self.delay_s = 0.0
         """How much longer each first write to a page waits, which slows down whoever writes and nobody else."""
         self._writers: Counter[int] = Counter()
         self._written: NDArray[np.bool_] = np.zeros(guest.pages, dtype=np.bool_)
+        self._dense = _DENSE if coarse else LARGE + 1
         # A page is noted and unprotected, or taken and protected, never half of each.
         self._taking = threading.Lock()
         self._ending = threading.Event()
@@ -255,9 +264,15 @@ class MessageTrace(_Registered):
             if region.hva <= address < region.hva + region.pages * PAGE_SIZE:
                 per = region.page_size // PAGE_SIZE
                 first = region.first + (address - region.hva) // region.page_size * per
+                low = region.first + (first - region.first) // LARGE * LARGE
+                block = slice(low, min(low + LARGE, region.first + region.pages))
                 with self._taking:
                     self._written[first : first + per] = True
-                    self._protect(region, first, per, protect=False)
+                    if np.count_nonzero(self._written[block]) < self._dense:
+                        self._protect(region, first, per, protect=False)
+                    else:
+                        self._written[block] = True
+                        self._protect(region, low, block.stop - low, protect=False)
 
     def writers(self, among: PageSet, seconds: float) -> Counter[int]:
         """As they were met since the trace was armed: every first write tells of its thread."""
@@ -319,18 +334,24 @@ class SoftDirtyTrace(WriteTrace):
         self._pagemap.close()
 
 
-def open_write_trace(guest: Guest) -> WriteTrace:
+def traces_pages() -> bool:
+    """Whether this kernel's best back end tells of pages as they are mapped, even if a coarse one would do."""
+    features = available_features()
+    return Features.WP_ASYNC in features and Features.WP_UNPOPULATED in features and pagemap.has_pagemap_scan()
+
+
+def open_write_trace(guest: Guest, *, coarse: bool = False) -> WriteTrace:
     """Arm a write trace over all of ``guest``'s memory with the best back end this kernel has.
 
+    :param coarse: where a writer would pay for each page, tell of blocks that are written densely as a whole.
     :raise RefusedError: ``write-trace``: the kernel has none of the three; ``uffd-taken``: another userfaultfd holds
         the memory.
     :raise KernelError: injection or registration failed.
     """
-    features = available_features()
-    if Features.WP_ASYNC in features and Features.WP_UNPOPULATED in features and pagemap.has_pagemap_scan():
+    if traces_pages():
         return PagemapTrace(guest)
-    if Features.WP_HUGETLBFS_SHMEM in features:
-        return MessageTrace(guest)
+    if Features.WP_HUGETLBFS_SHMEM in available_features():
+        return MessageTrace(guest, coarse=coarse)
     if pagemap.has_soft_dirty():
         return SoftDirtyTrace(guest)
     raise RefusedError(
