@@ -37,42 +37,12 @@ from outboard.vmm.process import attach_process
 
 from .claims import Claim, claim, publish
 from .engines import engine
+from .touchers import Toucher
 
 _GIB = 1 << 30
 
 
-class _Toucher:
-    """bench/touch.c, compiled and running."""
-
-    def __init__(self, directory: Path, mebibytes: int) -> None:
-        self.pages = mebibytes << 8
-        program = directory / "touch"
-        subprocess.run(["gcc", "-O2", "-o", program, Path(__file__).with_name("touch.c")], check=True)
-        self._process = subprocess.Popen(
-            [program, str(mebibytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.pid = self._process.pid
-        assert self._process.stdout is not None
-        self._process.stdout.readline()
-
-    def touch(self, order: str) -> tuple[float, float, float]:
-        """Touch every page; seconds in all, and the median and 99th percentile of one in microseconds."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{order}\n")
-        self._process.stdin.flush()
-        total, took, p50, p99 = (int(word) for word in self._process.stdout.readline().split())
-        if total != self.pages * (self.pages + 1) // 2:
-            raise OutboardError("a page did not come back as it went")
-        return took / 1e9, p50 / 1e3, p99 / 1e3
-
-    def close(self) -> None:
-        """End it."""
-        with self._process:
-            self._process.kill()
-
-
-def _faults(toucher: _Toucher, directory: Path, runs: int) -> dict[str, list[tuple[float, float, float]]]:
+def _faults(toucher: Toucher, directory: Path, runs: int) -> dict[str, list[tuple[float, float, float]]]:
     """Evict everything by an engine, touch everything; what the toucher measured, by store and order."""
     engines = multiprocessing.get_context("spawn")
     ours, theirs = engines.Pipe()
@@ -142,7 +112,7 @@ def _peer(mebibytes: int, seconds: int) -> tuple[float, float] | None:
 def main(file: Path | None, runs: int, mebibytes: int) -> None:
     """Measure the pager beside stress-ng's handler."""
     directory = Path(tempfile.mkdtemp(prefix="outboard-bench-", dir="/dev/shm"))  # the pool is memory
-    toucher = _Toucher(directory, mebibytes)
+    toucher = Toucher(directory, mebibytes)
     try:
         faults = _faults(toucher, directory, runs)
         with attach_process(toucher.pid) as guest:

@@ -47,6 +47,7 @@ class Workload:
     kernel: Path
     initrd: Path
     memory: str = "1GiB"
+    page_size: str = "4KiB"
     writes_per_s: int = 40_000
     working_set_mib: int = 256
     churn_mib: int = 300
@@ -114,7 +115,7 @@ def _boot(hosts: Hosts, workload: Workload) -> str:
     bed = hosts.bed
     for vm in workload.vms:
         spec = bed.directory / f"{vm.name}.toml"
-        spec.write_text(vm.spec(workload.kernel, workload.initrd, workload.memory))
+        spec.write_text(vm.spec(workload.kernel, workload.initrd, workload.memory, workload.page_size))
         hosts.outboard(bed.a, "run", str(spec))
     for vm in workload.vms:
         wait_for_port(bed.client, vm.address, MEMCACHED_PORT, BOOT_S)

@@ -31,10 +31,10 @@ class Vm:
     address: str
     mac: str
 
-    def spec(self, kernel: Path, initrd: Path, memory: str) -> str:
+    def spec(self, kernel: Path, initrd: Path, memory: str, page_size: str) -> str:
         """What ``outboard run`` is given, TOML."""
         return (
-            f'name = "{self.name}"\nmemory = "{memory}"\nvcpus = 1\n\n'
+            f'name = "{self.name}"\nmemory = "{memory}"\nvcpus = 1\npage_size = "{page_size}"\n\n'
             f'[boot]\nkernel = "{kernel}"\ninitrd = "{initrd}"\nappend = "{COMMAND_LINE} ip={self.address}"\n\n'
             f'[[networks]]\ntap = "tap-{self.name}"\nbridge = "guests"\nmac = "{self.mac}"\n'
         )

@@ -9,6 +9,7 @@ import pytest
 
 from outboard.errors import NotFoundError, RefusedError
 from outboard.vmm.process import attach_process
+from tests.support.machine import huge_pages
 from tests.support.requirements import require
 from tests.support.target import Target
 
@@ -25,6 +26,13 @@ def test_a_process_is_its_shared_memory() -> None:
         content = memoryview(bytearray(4096))
         guest.memory.read_into(5, content)
         assert int.from_bytes(content[:4], sys.byteorder) == 77
+
+
+def test_huge_pages_are_shared_memory_too() -> None:
+    with huge_pages(4), Target("hugetlb", 8) as target, attach_process(target.pid) as guest:
+        assert [(region.hva, region.pages, region.page_size) for region in guest.regions] == [
+            (target.start, target.pages, 2 << 20)
+        ]
 
 
 def test_a_process_with_memory_of_its_own_only() -> None:

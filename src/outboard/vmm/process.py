@@ -1,8 +1,9 @@
 """Any process as a guest: its shared memory is what can be managed.
 
 Memory counts as shared when it is mapped MAP_SHARED and writable from tmpfs: memfd_create(2), shm_open(3), files in
-/dev/shm, and anonymous shared mappings, which the kernel keeps in such a file too. Pages are numbered over the mappings
-by address. Memory of the process's own (its heap, its stacks) has no file to read it by, and is left out.
+/dev/shm, and anonymous shared mappings, which the kernel keeps in such a file too; or from hugetlbfs. Pages are numbered
+over the mappings by address. Memory of the process's own (its heap, its stacks) has no file to read it by, and is left
+out.
 
 Source: proc(5), statfs(2).
 """
@@ -20,7 +21,7 @@ from outboard.vmm.guest import Guest, Region
 
 
 def attach_process(pid: int, name: str | None = None) -> Guest:
-    """Attach to process ``pid``; its memory is its shared mappings from tmpfs.
+    """Attach to process ``pid``; its memory is its shared mappings from tmpfs and hugetlbfs.
 
     :param name: what to call it; the program's own name when not given.
     :raise NotFoundError: there is no such process.
@@ -63,8 +64,9 @@ def _regions(name: str, pid: int) -> Iterator[Region]:
         finally:
             os.close(fd)
         pages = size // PAGE_SIZE
-        if kind.type != statfs.TMPFS_MAGIC or not pages:
+        if kind.type not in (statfs.TMPFS_MAGIC, statfs.HUGETLBFS_MAGIC) or not pages:
             continue
+        unit = kind.block if kind.type == statfs.HUGETLBFS_MAGIC else PAGE_SIZE
         low, high = mapping.offset, mapping.offset + size
         for file, begin, end in seen:
             if file == (mapping.device, mapping.inode) and begin < high and low < end:
@@ -74,5 +76,5 @@ def _regions(name: str, pid: int) -> Iterator[Region]:
                     "not be seen at the other",
                 )
         seen.append(((mapping.device, mapping.inode), low, high))
-        yield Region(first, pages, mapping.start, mapping.start, mapping.offset, PAGE_SIZE, mapping.path, mapping)
+        yield Region(first, pages, mapping.start, mapping.start, mapping.offset, unit, mapping.path, mapping)
         first += pages
