@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -27,6 +25,7 @@ from outboard.vmm.process import attach_process
 
 from .claims import Claim, claim, publish
 from .largemem import large_pages
+from .stallers import Staller, Work, compiled
 
 _MIB, _RATE = 512, 20_000
 _SECONDS, _ROUND_S = 5.0, 0.5
@@ -39,71 +38,34 @@ _TRACES: dict[str, Callable[[Guest], WriteTrace]] = {
 _MAPPINGS = {"4 KiB": "memfd", "large mappings": "thp", "huge pages": "hugetlb"}
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What got done: steps a second, the least in ten milliseconds as a share of the median, the longest wait in ms."""
-
-    rate: float
-    worst: float
-    longest: float
-
-
-class _Worker:
-    """bench/stalls.c, running."""
-
-    def __init__(self, program: Path, kind: str) -> None:
-        self._process = subprocess.Popen(
-            [program, kind, str(_MIB), str(_RATE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.pid = self._process.pid
-        self._line()
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
-
-    def _ask(self, order: str) -> str:
-        assert self._process.stdin is not None
-        self._process.stdin.write(order + "\n")
-        self._process.stdin.flush()
-        return self._line()
-
-    def watched(self, trace: Callable[[Guest], WriteTrace] | None) -> tuple[Work, float]:
-        """Let it work for a while, traced or not; how it did, and how long arming took in milliseconds."""
-        self._ask("b")
-        armed = 0.0
-        until = time.monotonic() + _SECONDS
-        with attach_process(self.pid) as guest, nullcontext() if trace is None else trace(guest) as armed_trace:
-            if armed_trace is not None:
-                armed = armed_trace.statistics().armed_ns / 1e6
-            while time.monotonic() < until:
-                time.sleep(_ROUND_S)
-                if armed_trace is not None:
-                    armed_trace.collect()
-            steps, seconds, longest, worst, median = (float(word) for word in self._ask("e").split())
-        return Work(steps / seconds, worst / max(1, median), longest / 1e6), armed
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
+def _watched(staller: Staller, trace: Callable[[Guest], WriteTrace] | None) -> tuple[Work, float]:
+    """Let it work for a while, traced or not; how it did, and how long arming took in milliseconds."""
+    staller.begin()
+    took = 0.0
+    until = time.monotonic() + _SECONDS
+    with attach_process(staller.pid) as guest, nullcontext() if trace is None else trace(guest) as armed:
+        if armed is not None:
+            took = armed.statistics().armed_ns / 1e6
+        while time.monotonic() < until:
+            time.sleep(_ROUND_S)
+            if armed is not None:
+                armed.collect()
+        return staller.end(), took
 
 
 def _measure(program: Path, mapping: str, trace: str, runs: int, console: Console) -> list[Claim]:
     alone: list[Work] = []
     traced: list[Work] = []
     armed: list[float] = []
-    worker = _Worker(program, _MAPPINGS[mapping])
+    staller = Staller(program, _MAPPINGS[mapping], _MIB, _RATE)
     try:
         for _ in range(runs):
-            alone.append(worker.watched(None)[0])
-            work, took = worker.watched(_TRACES[trace])
+            alone.append(_watched(staller, None)[0])
+            work, took = _watched(staller, _TRACES[trace])
             traced.append(work)
             armed.append(took)
     finally:
-        worker.close()
+        staller.close()
     what = f"{mapping}, {trace}"
     console.print(f"{what}: armed in {statistics.median(armed):.2f} ms; {alone[0]} alone, {traced[0]} traced")
 
@@ -131,8 +93,7 @@ def main(file: Path | None, runs: int) -> None:
     directory = Path(tempfile.mkdtemp(prefix="outboard-bench-"))
     claims: list[Claim] = []
     try:
-        program = directory / "stalls"
-        subprocess.run(["gcc", "-O2", "-pthread", "-o", program, Path(__file__).with_name("stalls.c")], check=True)
+        program = compiled(directory)
         with large_pages(_MIB // 2):
             for mapping in _MAPPINGS:
                 for trace in _TRACES:

@@ -1,9 +1,9 @@
 """Any process as a guest: its shared memory is what can be managed.
 
 Memory counts as shared when it is mapped MAP_SHARED and writable from tmpfs: memfd_create(2), shm_open(3), files in
-/dev/shm, and anonymous shared mappings, which the kernel keeps in such a file too; or from hugetlbfs. Pages are numbered
-over the mappings by address. Memory of the process's own (its heap, its stacks) has no file to read it by, and is left
-out.
+/dev/shm, and anonymous shared mappings, which the kernel keeps in such a file too; or from hugetlbfs. Pages are
+numbered over the mappings by address. Memory of the process's own (its heap, its stacks) has no file to read it by, and
+is left out.
 
 Source: proc(5), statfs(2).
 """
