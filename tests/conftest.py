@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from outboard.errors import KernelError
 from outboard.linux import proc
+
+# How long an example takes says more about the machine than about what is tested.
+settings.register_profile("outboard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("outboard")
 
 _HELPERS = "multiprocessing.resource_tracker"
 """Python's own, started once for the whole session."""
