@@ -20,7 +20,7 @@ from outboard.wire.tls import Listener, connect
 from outboard.wire.token import TokenBook
 
 ADDRESS = "127.0.0.1"
-PREPARE = messages.Prepare(migration="m1", vm="web", spec="", layout=[(0, 100, 0)])
+PREPARE = messages.Prepare(migration="m1", vm="web", spec="", layout=[(0, 100, 0)], running=True)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_refusal_reaches_the_source_with_its_exit_code(door: Door) -> None:
 
 
 def test_a_vm_without_memory(identities: Path) -> None:
-    empty = messages.Prepare(migration="m1", vm="web", spec="", layout=[])
+    empty = messages.Prepare(migration="m1", vm="web", spec="", layout=[], running=True)
     with (
         Listener(ADDRESS, (43000, 43050), identities / "b") as listener,
         pytest.raises(PeerError, match="without memory"),

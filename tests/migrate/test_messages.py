@@ -12,7 +12,7 @@ from outboard.migrate import messages
     "message",
     [
         messages.Hello(migration="m", role="bulk", token="t"),
-        messages.Prepare(migration="m", vm="web", spec="name = 'web'", layout=[(0, 4, 0)]),
+        messages.Prepare(migration="m", vm="web", spec="name = 'web'", layout=[(0, 4, 0)], running=True),
         messages.Prepared(port=1, tokens={"bulk": "t"}),
         messages.Welcome(),
         messages.Barrier(3),

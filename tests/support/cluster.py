@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from outboard.linux import proc
 from outboard.vmm.guest_agent import GuestAgent
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.wire.pki import create_authority, issue_host
+from tests.support.link import ADDRESSES, Link
 
 WAIT_S = 60.0
 
@@ -35,8 +36,17 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = WAIT_S
 class Host:
     """One host: its agent's process, and the commands that people give there."""
 
-    def __init__(self, root: Path, name: str, address: str, peers: dict[str, str], identity: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        address: str,
+        peers: dict[str, str],
+        identity: Path,
+        inside: Sequence[str] = (),
+    ) -> None:
         self.name = name
+        self._inside = inside
         self.address = address
         self.directory = root / name
         self.runtime = self.directory / "run"
@@ -58,7 +68,10 @@ class Host:
         """Start the agent and wait until it answers."""
         with (self.directory / "agent.log").open("ab") as log:
             self._agent = subprocess.Popen(
-                [sys.executable, "-m", "outboard", "agent"], env=self.environment, stdout=log, stderr=log
+                [*self._inside, sys.executable, "-m", "outboard", "agent"],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
             )
         wait_for((self.runtime / "agent.sock").exists, f"the agent of {self.name}")
 
@@ -128,17 +141,21 @@ class Host:
 
 
 class Cluster:
-    """Hosts ``a`` and ``b``, at loopback addresses from ``first`` on; a context manager."""
+    """Hosts ``a`` and ``b``, at loopback addresses from ``first`` on; a context manager.
 
-    def __init__(self, first: int = 11) -> None:
+    :param link: the hosts are in its namespaces instead.
+    """
+
+    def __init__(self, first: int = 11, link: Link | None = None) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="outboard-cluster-"))
         create_authority(self.root / "ca")
-        addresses = {"a": f"127.0.0.{first}", "b": f"127.0.0.{first + 1}"}
+        addresses = {"a": f"127.0.0.{first}", "b": f"127.0.0.{first + 1}"} if link is None else ADDRESSES
         self.hosts = {}
         for name, address in addresses.items():
             issue_host(self.root / "ca", self.root / "pki" / name, name, [address])
             peers = {peer: where for peer, where in addresses.items() if peer != name} | {"silent": "127.0.0.13"}
-            self.hosts[name] = Host(self.root, name, address, peers, self.root / "pki" / name)
+            inside = [] if link is None else link.inside(name)
+            self.hosts[name] = Host(self.root, name, address, peers, self.root / "pki" / name, inside)
         self.a, self.b = self.hosts["a"], self.hosts["b"]
 
     def __enter__(self) -> Cluster:

@@ -18,6 +18,7 @@ import pytest
 
 from guest.build import Image
 from outboard.linux import cgroup
+from outboard.vmm.monitor import Monitor
 from outboard.wire.pki import create_authority, issue_host
 from tests.support.cluster import Cluster, Vm, summary_of, wait_for
 
@@ -347,3 +348,54 @@ def test_a_guest_without_an_agent_goes_by_what_it_touches(cluster: Cluster, imag
         for host in cluster.hosts.values():
             if host.has(vm.name):
                 host.outboard("stop", vm.name)
+
+
+def paused(vm: Vm, host: str) -> bool:
+    with vm.record(host).attach() as guest:
+        return bool(guest.monitor.execute("query-status")["status"] in ("paused", "postmigrate"))
+
+
+def pause(vm: Vm, host: str, command: str = "stop") -> None:
+    with Monitor.connect(vm.record(host).qmp_socket, timeout=30) as monitor:
+        monitor.execute(command)
+
+
+def test_a_paused_vm_moves_and_stays_paused(vm: Vm) -> None:
+    pause(vm, "a")
+    code, output, errors = migrate(vm, "a", "b")
+    assert code == 0, errors
+    assert summary_of(output)["state"] == "completed"
+    assert not vm.cluster.a.has(vm.name)
+    assert paused(vm, "b")
+    pause(vm, "b", "cont")
+    vm.verify("b")
+
+
+@pytest.mark.parametrize("how", ["cancel", "kill"])
+def test_a_paused_vm_that_does_not_move_stays_paused(vm: Vm, how: str) -> None:
+    pause(vm, "a")
+    undo = {
+        "cancel": lambda: vm.cluster.a.outboard("cancel", vm.name),
+        "kill": lambda: os.kill(vm.cluster.a.engine(), signal.SIGKILL),
+    }
+    said = disturbed(vm, "switching", undo[how], "--verify", "--max-bandwidth", "20MB")
+    assert said.startswith(("exit 5", "exit 1")), said
+    wait_for(lambda: not vm.cluster.b.has(vm.name), "the end of the destination's QEMU")
+    wait_for(lambda: not (vm.record("a").directory / "departing").exists(), "the agent's taking back")
+    assert paused(vm, "a")
+    pause(vm, "a", "cont")
+    vm.verify("a")
+
+
+def test_a_vm_that_is_paused_on_its_way_stays_where_it_is(vm: Vm) -> None:
+    def stop_and_hurry() -> None:
+        pause(vm, "a")
+        vm.cluster.a.outboard("limit", vm.name, "none")
+
+    said = disturbed(vm, "copying", stop_and_hurry, *SLOW)
+    assert said.startswith("exit 1"), said
+    assert "was paused by somebody" in said
+    wait_for(lambda: not vm.cluster.b.has(vm.name), "the end of the destination's QEMU")
+    assert paused(vm, "a")
+    pause(vm, "a", "cont")
+    vm.verify("a")

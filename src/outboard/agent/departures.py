@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from outboard.agent.config import AgentConfig
-from outboard.agent.engine import DEPARTING, Depart
+from outboard.agent.engine import DEPARTING, PAUSED, Depart
 from outboard.agent.engines import Engines
 from outboard.agent.history import History
 from outboard.agent.migrations import Migrations, Running
@@ -122,7 +122,7 @@ class Departures:
     def _take_back(self, record: VmRecord) -> None:
         try:
             with record.attach() as guest:
-                take_back(guest.monitor)
+                take_back(guest.monitor, run=not (record.directory / DEPARTING / PAUSED).exists())
             shutil.rmtree(record.directory / DEPARTING, ignore_errors=True)
         except OutboardError as error:
             log.error("a VM whose migration died may stand still", vm=record.name, why=str(error))

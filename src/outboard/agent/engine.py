@@ -18,6 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from outboard.agent.config import state_dir
+from outboard.agent.history import History
 from outboard.agent.manager import Manager
 from outboard.agent.succession import keep_task, left_task, only_one
 from outboard.agent.verdicts import Verdicts
@@ -37,7 +39,7 @@ from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.arriving_large import arriving_kind
 from outboard.pager.rebuilding import Rebuilding
 from outboard.vmm.attach import attach
-from outboard.vmm.device_state import Arrival
+from outboard.vmm.device_state import Arrival, runs
 from outboard.vmm.guest import Guest
 from outboard.vmm.launch import launch, stop
 from outboard.vmm.layout import Layout
@@ -52,6 +54,8 @@ REOPENED = "reopened.json"
 """In the directory of a VM that has come and whose streams broke off: a Prepared, for the source to call again."""
 ARRIVING, DEPARTING = "arriving", "departing"
 """Directories in that of a VM on its way: what a successor of the engine must know."""
+PAUSED = "paused"
+"""A file in DEPARTING: the guest was paused when it was sent away, and is to stay so."""
 _LAYOUT = "layout.json"
 _ANSWER_S = 2.0
 
@@ -141,8 +145,15 @@ class PipeDesk:
         return order
 
     def report(self, report: Progress | Summary | Ready | Managing | Refused | Ended) -> None:
-        with contextlib.suppress(OSError):
+        self.tell(report)
+
+    def tell(self, report: Progress | Summary | Ready | Managing | Refused | Ended) -> bool:
+        """Report; whether there was an agent to hear it."""
+        try:
             self._pipe.send_bytes(msgspec.json.encode(report))
+        except OSError:
+            return False
+        return True
 
 
 def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> None:
@@ -156,7 +167,10 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
     try:
         match work:
             case Depart():
-                desk.report(_depart(work, desk, Registry(Path(runtime)), Path(identity)))
+                summary = _depart(work, desk, Registry(Path(runtime)), Path(identity))
+                if not desk.tell(summary):
+                    # The agent that would have kept it is gone.
+                    History(state_dir() / "history.db").keep(summary)
             case Receive():
                 _receive(work, desk, Registry(Path(runtime)), Path(identity))
             case Manage():
@@ -182,6 +196,8 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
         until_end.callback(os.close, only_one(journal))
         until_end.callback(_leave_no_empty, journal)
         guest = until_end.enter_context(record.attach())
+        if not work.again and not runs(guest.monitor, guest.name):
+            (journal / PAUSED).touch()
         attach_ms = (time.monotonic() - attaching) * 1e3
         outgoing = Outgoing(
             work.migration,
@@ -194,6 +210,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             desk=desk,
             began=work.began,
             throttle_gain=work.throttle_gain,
+            running=not (journal / PAUSED).exists(),
             before_commit=lambda: keep_task(journal, work),
         )
         error: OutboardError | None = None
@@ -204,10 +221,11 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
                 outgoing.run()
         except OutboardError as failure:
             error = failure
-    if outgoing.machine.state is State.COMPLETED:
-        registry.remove(work.vm)
-    elif outgoing.machine.state is not State.PAUSED:
-        shutil.rmtree(journal, ignore_errors=True)
+        # While the lock is held: an agent that waits for it would take what is left for work to be done.
+        if outgoing.machine.state is State.COMPLETED:
+            registry.remove(work.vm)
+        elif outgoing.machine.state is not State.PAUSED:
+            shutil.rmtree(journal, ignore_errors=True)
     return summarise(outgoing, source=work.source, attach_ms=attach_ms, error=error)
 
 
@@ -257,10 +275,12 @@ def _receive_again(work: Receive, registry: Registry, identity: Path) -> None:
         guest = until_end.enter_context(layout.guest())
         memory = arriving_kind(guest).take_again(guest, journal)
         incoming = _incoming(work, record, guest, memory, None, identity)
-        _see_that_it_runs(record)
+        if work.prepare.running:
+            _see_that_it_runs(record)
         incoming.run(None)
-        # It may have waited for a page when we looked.
-        _see_that_it_runs(record)
+        if work.prepare.running:
+            # It may have waited for a page when we looked.
+            _see_that_it_runs(record)
     shutil.rmtree(journal)
 
 
@@ -286,6 +306,7 @@ def _incoming(
         arrival,
         Rebuilding(memory, record.directory / ARRIVING),
         source=work.source,
+        running=work.prepare.running,
         commit=lambda: verdicts.commit(work.prepare.migration),
         note_arrived=lambda message: verdicts.note_arrived(work.prepare.migration, message),
         reopen=lambda: _reopen(work, record.directory, identity),

@@ -9,12 +9,14 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from outboard.errors import NotFoundError
+from outboard.errors import NotFoundError, RefusedError
 from outboard.migrate.desk import Cancel, Limit, Order
-from outboard.migrate.report import Summary, is_progress
+from outboard.migrate.report import Progress, Summary, is_progress
+from outboard.migrate.states import TRANSITIONS, Event, State
 
 _KEPT = 2000
 """Reports of one migration that a late listener is still told, the newest."""
+_decode_progress: msgspec.json.Decoder[Progress] = msgspec.json.Decoder(Progress)
 
 
 class Running:
@@ -62,6 +64,14 @@ class Running:
                 self._dropped += 1
             self._reports.append(report)
         self._news.set()
+
+    @property
+    def state(self) -> State | None:
+        """What it said last of its state; None: nothing yet."""
+        for report in reversed(self._reports):
+            if is_progress(report):
+                return _decode_progress.decode(report).state
+        return None
 
     def order(self, order: Order) -> None:
         """Pass an order to the engine; one that has ended takes none."""
@@ -113,8 +123,20 @@ class Migrations:
         return [running for running in self._running.values() if not running.ended]
 
     def cancel(self, name: str) -> None:
-        """Ask for a stop."""
-        self.find(name).order(Cancel())
+        """Ask for a stop.
+
+        :raise RefusedError: ``too-late``: the VM has been given away, or the migration is over.
+        """
+        running = self.find(name)
+        if running.ended:
+            raise RefusedError("too-late", f"the migration of {running.vm} is over; see outboard history {running.vm}")
+        state = running.state
+        if state is not None and (state, Event.CANCEL) not in TRANSITIONS:
+            raise RefusedError(
+                "too-late",
+                f"{running.vm} has been given to its destination (the migration is {state.value}), and goes on there",
+            )
+        running.order(Cancel())
 
     def limit(self, name: str, max_bandwidth: int | None) -> None:
         """Change a bandwidth limit."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from outboard.cli import api
 from outboard.cli.output import Bandwidth, Duration, output_option, print_json, size_text
-from outboard.errors import error_of
+from outboard.errors import OutboardError, error_of
 from outboard.migrate import report
 
 _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.Decoder(report.Progress | report.Summary)
@@ -87,7 +87,10 @@ class _Interrupts:
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
         self._count += 1
         if self._count > 1:
-            api.call("POST", f"/v1/migrations/{self._migration}/cancel")
+            try:
+                api.call("POST", f"/v1/migrations/{self._migration}/cancel")
+            except OutboardError as error:
+                click.echo(f"\n{error}", err=True)
             return
         signal.signal(signal.SIGALRM, self._detach)
         signal.alarm(2)
@@ -191,7 +194,10 @@ def _print_summary(summary: report.Summary) -> None:
 @click.command(epilog="Example: outboard cancel web")
 @click.argument("name")
 def cancel(name: str) -> None:
-    """Cancel a migration, by its id or its VM; the VM goes on at the source. After the switch-over it is too late."""
+    """Cancel a migration, by its id or its VM; the VM goes on at the source.
+
+    After the switch-over it is too late, and refused.
+    """
     api.call("POST", f"/v1/migrations/{name}/cancel")
 
 

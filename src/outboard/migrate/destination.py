@@ -64,8 +64,9 @@ class Incoming:
     :param guest: attached.
     :param memory: its memory.
     :param arrival: takes its devices' state; None: they are loaded, and the VM is ours already.
-    :param source: the host that it comes from.
     :param large: its large mappings, to be rebuilt.
+    :param source: the host that it comes from.
+    :param running: let it run once it is ours; False: it was paused there.
     :param commit: called once, before the VM runs: whether it may be ours.
     :param note_arrived: keeps the message that no page is missing, for a source that does not hear it.
     :param reopen: waits for the source to call again, and lets its streams in.
@@ -81,13 +82,14 @@ class Incoming:
         large: Rebuilding,
         *,
         source: str,
+        running: bool,
         commit: Callable[[], bool],
         note_arrived: Callable[[bytes], None],
         reopen: Callable[[], dict[str, Channel]],
     ) -> None:
         self.committed = arrival is None
         self._guest = guest
-        self._source = source
+        self._source, self._running = source, running
         self._commit, self._note_arrived, self._reopen = commit, note_arrived, reopen
         self._memory, self._arrival, self._large = memory, arrival, large
         self._rebuilding: Worker | None = None
@@ -285,7 +287,8 @@ class Incoming:
         if not self._commit():
             raise OutboardError(f"{self._source} has taken {self._guest.name} back: its commit came too late")
         self.committed = True
-        self._arrival.resume(_STEP_S)
+        if self._running:
+            self._arrival.resume(_STEP_S)
         try:
             control.send(messages.Resumed())
         finally:

@@ -130,13 +130,14 @@ class Prepare(Message, frozen=True, tag="prepare"):
     """To the destination's agent: start a QEMU for this VM and be ready for its migration.
 
     ``spec`` is the VM's TOML; ``layout`` the source's memory as (first page, pages, guest-physical start), which the
-    destination's must equal.
+    destination's must equal; ``running`` whether the guest runs, or is paused and shall stay so.
     """
 
     migration: str
     vm: str
     spec: str
     layout: list[tuple[int, int, int]]
+    running: bool
 
 
 class Prepared(Message, frozen=True, tag="prepared"):

@@ -50,6 +50,7 @@ class Outgoing:
     :param began: when the command came, CLOCK_MONOTONIC.
     :param before_commit: called just before the VM is given away.
     :param throttle_gain: of the VM's migration before; see :mod:`outboard.migrate.throttle`.
+    :param running: the guest runs; False: it is paused, and stays so wherever it is.
 
     Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
     """
@@ -67,6 +68,7 @@ class Outgoing:
         desk: Desk,
         began: float,
         throttle_gain: float,
+        running: bool,
         before_commit: Callable[[], None],
     ) -> None:
         self.migration = migration
@@ -85,6 +87,7 @@ class Outgoing:
         self.watch.outbox = self.outbox
         self._spec, self._directory = spec, directory
         self._throttle_gain, self._before_commit = throttle_gain, before_commit
+        self._running = running
         self._departure: Departure | None = None
         self._early: list[tuple[int, int]] = []
         self._vmm = -1
@@ -180,7 +183,7 @@ class Outgoing:
             if self._departure is not None:
                 self._departure.undo()
             else:
-                take_back(self.guest.monitor)
+                take_back(self.guest.monitor, run=self._running)
         with contextlib.suppress(OutboardError, OSError):
             if self._stale.trace is not None:
                 self._stale.trace.close()
@@ -203,7 +206,11 @@ class Outgoing:
         self._watch_vmm()
         guest = self.guest
         layout = [(region.first, region.pages, region.gpa) for region in guest.regions]
-        self.line.request(messages.Prepare(migration=self.migration, vm=guest.name, spec=self._spec, layout=layout))
+        self.line.request(
+            messages.Prepare(
+                migration=self.migration, vm=guest.name, spec=self._spec, layout=layout, running=self._running
+            )
+        )
         if self._wants_trace:
             self._stale.trace = open_write_trace(guest, coarse=True)
             statistics = self._stale.trace.statistics()
@@ -211,7 +218,7 @@ class Outgoing:
             self.findings.arm_ms = statistics.armed_ns / 1e6
         ranking.rank_all(self.outbox, guest.memory.populated())
         with self._hints.gathering(self._stale.trace):
-            self._departure = Departure(guest, self._directory)
+            self._departure = Departure(guest, self._directory, running=self._running)
             self._cleanup.callback(self._departure.close)
             self._steering.until(lambda: self.line.is_open and self._hints.told, STEP_S)
 

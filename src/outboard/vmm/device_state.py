@@ -13,10 +13,11 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from outboard.errors import OutboardError
+from outboard.errors import OutboardError, RefusedError
 from outboard.vmm.guest import QemuGuest
 from outboard.vmm.monitor import Monitor
 
@@ -49,11 +50,25 @@ def _runs(monitor: Monitor) -> bool:
     return isinstance(answer, dict) and bool(answer.get("running"))
 
 
-def take_back(monitor: Monitor, timeout: float = 10.0) -> None:
-    """Have the guest run here that was on its way out, also when whoever sent it has died.
+def runs(monitor: Monitor, name: str) -> bool:
+    """Whether the guest ``name`` runs; False: somebody has paused it.
+
+    :raise RefusedError: ``run-state``: it does neither.
+    """
+    status = monitor.execute("query-status")["status"]
+    if status not in ("running", "paused"):
+        raise RefusedError(
+            "run-state", f"{name} neither runs nor is paused: its QEMU says {status}; only such a guest can be moved"
+        )
+    return bool(status == "running")
+
+
+def take_back(monitor: Monitor, timeout: float = 10.0, *, run: bool = True) -> None:
+    """Have the guest be here again that was on its way out, also when whoever sent it has died.
 
     One that no migration has stopped is left as it is.
 
+    :param run: let it run; it did before.
     :raise UnreachableError: the VMM has ended.
     """
     answer = monitor.execute("query-migrate")
@@ -65,7 +80,7 @@ def take_back(monitor: Monitor, timeout: float = 10.0) -> None:
         monitor.wait_event({"MIGRATION"}, timeout)
         answer = monitor.execute("query-migrate")
     # Cancelled before it had completed, QEMU runs the guest by itself; afterwards it waits for us.
-    if not _runs(monitor):
+    if run and not _runs(monitor):
         monitor.execute("cont")
     _set_capabilities(monitor, _CAPABILITIES, False)
 
@@ -74,12 +89,14 @@ class Departure:
     """Device state on its way out of the source's QEMU.
 
     :param directory: where the unix socket is made; readable by root alone.
+    :param running: the guest runs; False: somebody has paused it, and it stays so.
 
     Synchronization: :meth:`forward` runs in a thread of its own; all else in the one that owns the monitor.
     """
 
-    def __init__(self, guest: QemuGuest, directory: Path) -> None:
+    def __init__(self, guest: QemuGuest, directory: Path, *, running: bool) -> None:
         self._guest = guest
+        self._running = running
         self._path = directory / f"departure-{secrets.token_hex(4)}.sock"
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(os.fspath(self._path))
@@ -90,7 +107,14 @@ class Departure:
         guest.monitor.execute("migrate-set-parameters", **{"max-bandwidth": _UNLIMITED, "downtime-limit": 2000})
 
     def begin_pause(self) -> None:
-        """Have QEMU stop the guest and hold before it saves anything."""
+        """Have QEMU stop the guest and hold before it saves anything.
+
+        :raise OutboardError: somebody has paused the guest, or let it run, since the beginning.
+        """
+        guest = self._guest
+        if runs(guest.monitor, guest.name) != self._running:
+            done = "paused" if self._running else "let go on"
+            raise OutboardError(f"{guest.name} was {done} by somebody while it was on its way; migrate it again")
         self._started = True
         self._guest.monitor.execute("migrate", uri=f"unix:{self._path}")
 
@@ -99,6 +123,9 @@ class Departure:
 
         :return: when it stopped, in seconds of the wall clock as QEMU read it.
         """
+        if not self._running:
+            _wait_status(self._guest.monitor, "pre-switchover", timeout)
+            return time.time()
         stop = self._guest.monitor.wait_event({"STOP"}, timeout)
         _wait_status(self._guest.monitor, "pre-switchover", timeout)
         moment = stop["timestamp"]
@@ -123,12 +150,12 @@ class Departure:
         send(memoryview(b""))
 
     def undo(self, timeout: float = 10.0) -> None:
-        """Take everything back: the guest runs at the source as before.
+        """Take everything back: the guest runs at the source as before, or is paused there.
 
         :raise UnreachableError: the VMM has ended.
         """
         if self._started:
-            take_back(self._guest.monitor, timeout)
+            take_back(self._guest.monitor, timeout, run=self._running)
         else:
             _set_capabilities(self._guest.monitor, _CAPABILITIES, False)
 
