@@ -23,6 +23,27 @@ def test_hosts_are_found_by_name(tmp_path: Path) -> None:
         config.find("d")
 
 
+@pytest.mark.parametrize(
+    ("address", "where"),
+    [
+        ("b.example", ("b.example", PORT)),
+        ("b.example:99", ("b.example", 99)),
+        ("fd00::2", ("fd00::2", PORT)),
+        ("[fd00::2]", ("fd00::2", PORT)),
+        ("[fd00::2]:99", ("fd00::2", 99)),
+    ],
+)
+def test_where_a_host_is(address: str, where: tuple[str, int]) -> None:
+    found = AgentConfig(name="a", listen="::1", hosts={"b": address}).find("b")
+    assert (found.address, found.port) == where
+
+
+@pytest.mark.parametrize("address", ["10.0.0.2:x", "10.0.0.2:0", "[fd00::2]99999", "[fd00::2]:-1"])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(SpecError, match="is no address"):
+        AgentConfig(name="a", listen="10.0.0.1", hosts={"b": address}).find("b")
+
+
 def test_no_hosts_at_all() -> None:
     with pytest.raises(NotFoundError, match="known: none"):
         AgentConfig(name="a", listen="10.0.0.1").find("b")

@@ -192,6 +192,20 @@ def test_wrong_uses_are_told_apart(vm: Vm) -> None:
     only_at(vm, "a")
 
 
+def test_a_name_that_is_taken_at_the_destination(vm: Vm) -> None:
+    started = vm.cluster.b.outboard("run", str(vm.cluster.root / f"{vm.name}.toml"))
+    assert started.returncode == 0, started.stderr
+    pid = vm.record("b").pid
+    code, _, errors = migrate(vm, "a", "b")
+    assert code == 4, errors
+    assert "runs on this host already" in errors
+    assert vm.record("b").pid == pid
+    assert vm.record("b").alive
+    assert vm.cluster.b.outboard("stop", vm.name).returncode == 0
+    only_at(vm, "a")
+    vm.verify("a")
+
+
 def test_an_agent_that_is_not_there(vm: Vm) -> None:
     code, output, errors = migrate(vm, "a", "silent")
     assert code == 8, errors

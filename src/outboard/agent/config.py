@@ -9,6 +9,7 @@
 
     [hosts]                           # the other hosts: name = "address" or "address:port"
     b = "10.0.0.2"
+    c = "[fd00::3]:99"                # IPv6, with a port in brackets
 
 The host's identity (key, certificate, the cluster's CA) is /etc/outboard/pki, written by ``outboard pki init``. Three
 variables move things: OUTBOARD_CONFIG_DIR (/etc/outboard), OUTBOARD_RUNTIME_DIR (/run/outboard), OUTBOARD_STATE_DIR
@@ -62,6 +63,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Where another host's agent listens.
 
         :raise NotFoundError: the configuration does not name it.
+        :raise SpecError: what it has there is no address.
         """
         try:
             address = self.hosts[host]
@@ -70,8 +72,24 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise NotFoundError(
                 f"no host is named {host!r} in {config_dir() / 'agent.toml'} (known: {known}); add it under [hosts]"
             ) from None
-        bare, _, port = address.partition(":")
+        bare, port = _split(address)
+        if port and not (port.isdecimal() and 0 < int(port) < 65536):
+            raise SpecError(
+                f"{config_dir() / 'agent.toml'}: {host} = {address!r} is no address; write it as 10.0.0.2, "
+                "10.0.0.2:99, fd00::2 or [fd00::2]:99"
+            )
         return Destination(host, bare, int(port or PORT))
+
+
+def _split(address: str) -> tuple[str, str]:
+    """An address, and the port behind it or nothing."""
+    if address.startswith("["):
+        bare, _, rest = address[1:].partition("]")
+        return bare, rest.removeprefix(":")
+    if address.count(":") > 1:
+        return address, ""
+    bare, _, port = address.partition(":")
+    return bare, port
 
 
 def read_config(path: Path) -> AgentConfig:

@@ -205,7 +205,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             work.destination,
             work.options,
             spec=record.spec_text(),
-            directory=record.directory,
+            directory=journal,
             identity=identity,
             desk=desk,
             began=work.began,

@@ -24,6 +24,7 @@ from outboard.vmm.monitor import Monitor
 _CAPABILITIES = ("events", "x-ignore-shared", "pause-before-switchover")
 _UNLIMITED = 1 << 40
 _CHUNK = 256 * 1024
+_DEVICES = "devices.sock"
 
 
 def _set_capabilities(monitor: Monitor, names: tuple[str, ...], state: bool) -> None:
@@ -88,7 +89,7 @@ def take_back(monitor: Monitor, timeout: float = 10.0, *, run: bool = True) -> N
 class Departure:
     """Device state on its way out of the source's QEMU.
 
-    :param directory: where the unix socket is made; readable by root alone.
+    :param directory: where the unix socket is made; this departure's own, and readable by root alone.
     :param running: the guest runs; False: somebody has paused it, and it stays so.
 
     Synchronization: :meth:`forward` runs in a thread of its own; all else in the one that owns the monitor.
@@ -97,7 +98,9 @@ class Departure:
     def __init__(self, guest: QemuGuest, directory: Path, *, running: bool) -> None:
         self._guest = guest
         self._running = running
-        self._path = directory / f"departure-{secrets.token_hex(4)}.sock"
+        self._path = directory / _DEVICES
+        # An engine that was killed leaves its own.
+        self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(os.fspath(self._path))
         self._path.chmod(0o600)
