@@ -45,7 +45,7 @@ class _Cell:
     wrong: list[str] = field(default_factory=list)
 
 
-class _Account:
+class Account:
     """The cells, by state and fault."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class _Account:
         return table
 
 
-def _judge(outcome: Outcome, faults: list[Fault]) -> str | None:
+def judge(outcome: Outcome, faults: list[Fault]) -> str | None:
     """What is wrong with an outcome; None: nothing."""
     place = outcome.place
     if place is Place.GONE and not {Fault.SOURCE_VMM, Fault.TARGET_VMM} & set(faults):
@@ -108,10 +108,12 @@ class _Chance:
 
     def __init__(self, scene: Scene, seed: int) -> None:
         self._scene = scene
+        self.hit = self.words = ""
+        """Of the present round: the state that the first fault hit, and all faults in words."""
         self._chance = random.Random(seed)  # noqa: S311  # moments, not secrets
 
     def round(self) -> tuple[str, str, Outcome, float | None, list[Fault]]:
-        """Migrate once; the state that the first fault hit, all faults, what came of it, the time of repair."""
+        """Migrate once; what was hit, by which faults in words, what came of it, the time of repair, and the faults."""
         scene, chance = self._scene, self._chance
         faults = [chance.choice(list(Fault))]
         if chance.random() < _TWICE:
@@ -120,6 +122,7 @@ class _Chance:
         with Follower(scene.source, scene.vm.name, scene.target.name, *options) as follower:
             time.sleep(chance.uniform(0, _LONGEST_S))
             hit = follower.states()[-1].value if follower.reports else "new"
+            self.hit, self.words = f"{hit} ({options[0][2:]})", ", then ".join(fault.value for fault in faults)
             struck = time.monotonic()
             for fault in faults:
                 if fault is not faults[0]:
@@ -130,18 +133,30 @@ class _Chance:
             code = follower.end(300)
             state = follower.last_state()
             repaired = follower.repaired(struck)
-        outcome = Outcome(code, state, scene.settle())
-        words = ", then ".join(fault.value for fault in faults)
-        return f"{hit} ({options[0][2:]})", words, outcome, repaired, faults
+        return self.hit, self.words, Outcome(code, state, scene.settle()), repaired, faults
 
 
 def _logs(scene: Scene) -> str:
     return "\n".join(f"{name}: {host.log()[-1500:]}" for name, host in scene.cluster.hosts.items())
 
 
-def _play_cells(scene: Scene, account: _Account, console: Console) -> None:
+def _note_broken(
+    scene: Scene, account: Account, console: Console, cell: tuple[str, str], error: AssertionError
+) -> None:
+    """A round that did not come to its end."""
+    account.note(*cell, None, None, str(error))
+    at_work = {name: engines(host) for name, host in scene.cluster.hosts.items()}
+    console.print(f"BROKEN: {cell}: {error}\nat work: {at_work}\n{_logs(scene)}", markup=False)
+    scene.start_over()
+
+
+def _play_cells(scene: Scene, account: Account, console: Console) -> None:
     for (moment, fault), expected in CELLS.items():
-        outcome, repaired = scene.play(moment, fault)
+        try:
+            outcome, repaired = scene.play(moment, fault)
+        except AssertionError as error:
+            _note_broken(scene, account, console, (moment.value, fault.value), error)
+            continue
         wrong = None if outcome == expected else f"expected {expected}, came {outcome}"
         account.note(moment.value, fault.value, outcome, repaired, wrong)
         if wrong:
@@ -149,11 +164,15 @@ def _play_cells(scene: Scene, account: _Account, console: Console) -> None:
         scene.go_on(outcome.place)
 
 
-def _play_rounds(scene: Scene, rounds: int, seed: int, account: _Account, console: Console) -> None:
+def _play_rounds(scene: Scene, rounds: int, seed: int, account: Account, console: Console) -> None:
     luck = _Chance(scene, seed)
     for number in range(1, rounds + 1):
-        when, what, outcome, repaired, faults = luck.round()
-        wrong = _judge(outcome, faults)
+        try:
+            when, what, outcome, repaired, faults = luck.round()
+        except AssertionError as error:
+            _note_broken(scene, account, console, (luck.hit, luck.words), error)
+            continue
+        wrong = judge(outcome, faults)
         account.note(when, what, outcome, repaired, wrong)
         state = "-" if outcome.state is None else outcome.state.value
         words = f"{number}: {when}, {what}: exit {outcome.exit_code}, {state}, the VM is at: {outcome.place.value}"
@@ -172,18 +191,13 @@ def main(cells: bool, rounds: int, seed: int | None) -> None:
     console = Console(stderr=True)
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     console.print(f"seed {seed}")
-    account = _Account()
-    failed = None
+    account = Account()
     with Link() as link, Cluster(link=link) as cluster:
         scene = Scene(cluster, link, build(ROOT / ".build/guest"))
-        try:
-            if cells:
-                _play_cells(scene, account, console)
-            _play_rounds(scene, rounds, seed, account, console)
-        except AssertionError as error:
-            failed = f"{error}\n{_logs(scene)}\nat work: {[engines(host) for host in cluster.hosts.values()]}"
-            console.print(failed, markup=False)
+        if cells:
+            _play_cells(scene, account, console)
+        _play_rounds(scene, rounds, seed, account, console)
     Console(width=180).print(account.table())
     for each in account.wrong():
         console.print(each, style="bold red", markup=False)
-    sys.exit(1 if failed or account.wrong() else 0)
+    sys.exit(1 if account.wrong() else 0)

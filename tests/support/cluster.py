@@ -16,7 +16,7 @@ from typing import Any
 
 from guest.build import COMMAND_LINE, Image
 from outboard.errors import KernelError, UnreachableError
-from outboard.linux import proc
+from outboard.linux import pidfd, proc
 from outboard.vmm.guest_agent import GuestAgent
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.wire.pki import create_authority, issue_host
@@ -111,7 +111,8 @@ class Host:
             with contextlib.suppress(OSError, KernelError):
                 pid = int(entry.name)
                 engine = (entry / "comm").read_text().strip() == "outboard-engine"
-                if engine and proc.parent(proc.parent(pid)) == self._agent.pid:
+                # One that was killed has its name until it is waited for.
+                if engine and pidfd.alive(pid) and proc.parent(proc.parent(pid)) == self._agent.pid:
                     found.append(pid)
         return found
 

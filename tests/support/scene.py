@@ -314,7 +314,17 @@ class Scene:
         if place is Place.TARGET:
             self.source, self.target = self.target, self.source
         elif place is not Place.SOURCE:
-            for host in self.cluster.hosts.values():
-                for record in host.registry.list():
-                    assert host.outboard("stop", record.name).returncode == 0
-            self.boot()
+            self._boot_another()
+
+    def start_over(self) -> None:
+        """After a round that went wrong: keep nothing of it."""
+        self._link.lose()
+        for engine in self._at_work():
+            kill(engine)
+        self._boot_another()
+
+    def _boot_another(self) -> None:
+        for host in self.cluster.hosts.values():
+            for record in host.registry.list():
+                host.outboard("stop", record.name)
+        self.boot()
