@@ -16,8 +16,9 @@ import pytest
 
 from outboard.errors import NotFoundError, OutboardError, RefusedError
 from outboard.linux import hugetlb, pidfd, proc
+from outboard.vmm import launch as launching
 from outboard.vmm.attach import attach
-from outboard.vmm.launch import launch, stop
+from outboard.vmm.launch import end_unrecorded, launch, stop
 from outboard.vmm.monitor import Monitor
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.vmm.spec import Disk, Network, VmSpec, parse_spec
@@ -220,3 +221,61 @@ def test_sockets_have_room_for_a_long_runtime_directory(tmp_path: Path) -> None:
             direct.connect(str(record.engine_socket))
     finally:
         stop(record, registry)
+
+
+def started_and_forgotten(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Start a QEMU and die before it is recorded; its pid."""
+    read, write = os.pipe()
+
+    def die(_spec: VmSpec, process: subprocess.Popen[bytes], _directory: Path) -> None:
+        os.write(write, str(process.pid).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(launching, "_wait_ready", die)
+    child = os.fork()
+    if child == 0:
+        launch(SPEC, registry, incoming=True)
+    pid = int(os.read(read, 20))
+    os.waitpid(child, 0)
+    os.close(read)
+    os.close(write)
+    return pid
+
+
+def test_a_qemu_whose_starter_died_is_found_and_ended(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = started_and_forgotten(registry, monkeypatch)
+    assert pidfd.alive(pid)
+    assert registry.unrecorded() == {"web"}
+    assert not end_unrecorded("../vms/web", registry)
+    assert not end_unrecorded("db", registry)
+    assert pidfd.alive(pid)
+    assert end_unrecorded("web", registry)
+    assert not pidfd.alive(pid)
+    assert not (registry.root / "vms" / "web").exists()
+    assert not end_unrecorded("web", registry)
+
+
+def test_one_that_is_recorded_or_being_started_is_left_alone(registry: Registry, record: VmRecord) -> None:
+    assert not end_unrecorded("web", registry)
+    assert record.alive
+    with registry.reserve("db") as directory:
+        starting = subprocess.Popen(["sleep", "60"], cwd=directory)
+        try:
+            with pytest.raises(RefusedError) as refused:
+                end_unrecorded("db", registry)
+            assert refused.value.reason == "name-taken"
+        finally:
+            starting.kill()
+            starting.wait()
+
+
+def test_who_only_looks_around_in_a_directory_is_left_alone(registry: Registry) -> None:
+    with registry.reserve("web") as directory:
+        pass
+    visitor = subprocess.Popen(["sleep", "60"], cwd=directory)
+    try:
+        assert not end_unrecorded("web", registry)
+        assert visitor.poll() is None
+    finally:
+        visitor.kill()
+        visitor.wait()

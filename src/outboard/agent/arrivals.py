@@ -22,11 +22,13 @@ from outboard.errors import (
     NotFoundError,
     OutboardError,
     PeerError,
+    RefusedError,
     UnreachableError,
     error_of,
 )
 from outboard.migrate import messages
-from outboard.vmm.launch import stop
+from outboard.vmm.device_state import awaits_state
+from outboard.vmm.launch import end_unrecorded, stop
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.wire.channel import Channel
 from outboard.wire.tls import Listener
@@ -34,6 +36,8 @@ from outboard.wire.tls import Listener
 _PREPARE_S = 30.0
 _AGAIN_S = 1.0
 """Between the death of an engine that took over and the next."""
+
+_STARTING_S, _LOOK_S = 5.0, 0.05
 
 log = structlog.get_logger()
 
@@ -129,18 +133,17 @@ class Arrivals:
         log.info("the source calls again", migration=migration, vm=vm, source=source)
         return messages.expect(told, messages.Prepared)
 
-    def _succeed_receiving(self, task: Receive) -> None:
+    def succeed(self, task: Receive) -> None:
         """The engine of a VM that comes has died: another goes on if the VM is ours, else its QEMU ends."""
         prepare = task.prepare
-        ours = not self._verdicts.refuse(prepare.migration)
+        if self._verdicts.refuse(prepare.migration):
+            log.warning("a VM whose engine died before the commit is given up", vm=prepare.vm)
+            self._give_up(prepare)
+            return
         while True:
             try:
                 record = self._registry.get(prepare.vm)
             except NotFoundError:
-                return
-            if not ours:
-                log.warning("a VM whose engine died before the commit is given up", vm=prepare.vm)
-                stop(record, self._registry)
                 return
             if not record.alive or left_task(record.directory / ARRIVING, Receive) is None:
                 return
@@ -149,10 +152,29 @@ class Arrivals:
                 return
             time.sleep(_AGAIN_S)
 
+    def _give_up(self, prepare: messages.Prepare) -> None:
+        """End the QEMU that was to take the VM in, and no other of that name."""
+        deadline = time.monotonic() + _STARTING_S
+        while True:
+            with contextlib.suppress(NotFoundError):
+                record = self._registry.get(prepare.vm)
+                coming = left_task(record.directory / ARRIVING, Receive)
+                if awaits_state(record) if coming is None else coming.prepare.migration == prepare.migration:
+                    stop(record, self._registry)
+                return
+            try:
+                end_unrecorded(prepare.vm, self._registry)
+                return
+            except RefusedError:
+                # The engine died as it forked, or somebody else starts a VM of that name.
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(_LOOK_S)
+
     def _attend_receiving(self, task: Receive, pipe: Connection) -> None:
         """Hear how an incoming migration ends; in a thread of its own."""
         if not self._has_ended(task, pipe):
-            self._succeed_receiving(task)
+            self.succeed(task)
 
     def _has_ended(self, task: Receive, pipe: Connection) -> bool:
         """Wait until the engine ends; False: it died."""
@@ -166,6 +188,14 @@ class Arrivals:
         log.info("an incoming migration ends", migration=prepare.migration, vm=prepare.vm, error=report.why)
         return True
 
+    def adopt_unrecorded(self) -> None:
+        """End what was started to take a VM in, by engines that died before they could say so."""
+        for name in self._registry.unrecorded():
+            # An engine that lives is still at it.
+            with contextlib.suppress(RefusedError):
+                if end_unrecorded(name, self._registry):
+                    log.warning("ended a QEMU without a record", vm=name)
+
     def adopt(self, record: VmRecord) -> None:
         """Wait for the end of the engine that takes the VM in, if there is one, and see to what it leaves."""
         journal = record.directory / ARRIVING
@@ -175,7 +205,7 @@ class Arrivals:
             return
         coming = left_task(journal, Receive)
         if coming is not None:
-            self._succeed_receiving(coming)
+            self.succeed(coming)
         elif journal.exists():
             # It had not come so far that the VM could have been ours.
             stop(record, self._registry)

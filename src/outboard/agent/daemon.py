@@ -88,6 +88,7 @@ class Agent:
     def _adopt(self) -> None:
         """Find the migrations whose engines died while no agent was there."""
         loop = asyncio.get_running_loop()
+        threading.Thread(target=self._arrivals.adopt_unrecorded, daemon=True).start()
         for record in self._registry.list():
             if (record.directory / DEPARTING).exists():
                 threading.Thread(target=self._departures.adopt, args=(record, loop), daemon=True).start()

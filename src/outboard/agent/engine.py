@@ -260,7 +260,8 @@ def _receive_first(work: Receive, desk: PipeDesk, registry: Registry, identity: 
         streams = admission.streams()
         listener.close()
         incoming.run(streams)
-    shutil.rmtree(registry.get(work.prepare.vm).directory / ARRIVING)
+        # While the lock is held: an agent that waits for it would take what is left for work to be done.
+        shutil.rmtree(registry.get(work.prepare.vm).directory / ARRIVING)
 
 
 def _receive_again(work: Receive, registry: Registry, identity: Path) -> None:
@@ -281,7 +282,7 @@ def _receive_again(work: Receive, registry: Registry, identity: Path) -> None:
         if work.prepare.running:
             # It may have waited for a page when we looked.
             _see_that_it_runs(record)
-    shutil.rmtree(journal)
+        shutil.rmtree(journal)
 
 
 def _see_that_it_runs(record: VmRecord) -> None:

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from outboard.errors import OutboardError, RefusedError
+from outboard.errors import OutboardError, RefusedError, UnreachableError
 from outboard.vmm.guest import QemuGuest
 from outboard.vmm.monitor import Monitor
+from outboard.vmm.registry import VmRecord
 
 _CAPABILITIES = ("events", "x-ignore-shared", "pause-before-switchover")
 _UNLIMITED = 1 << 40
@@ -62,6 +63,15 @@ def runs(monitor: Monitor, name: str) -> bool:
             "run-state", f"{name} neither runs nor is paused: its QEMU says {status}; only such a guest can be moved"
         )
     return bool(status == "running")
+
+
+def awaits_state(record: VmRecord) -> bool:
+    """Whether a VM has never run here: its QEMU waits for the state of one that comes."""
+    try:
+        with Monitor.connect(record.engine_socket) as monitor:
+            return bool(monitor.execute("query-status")["status"] == "inmigrate")
+    except UnreachableError:
+        return False
 
 
 def take_back(monitor: Monitor, timeout: float = 10.0, *, run: bool = True) -> None:

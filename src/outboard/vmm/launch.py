@@ -206,6 +206,40 @@ def stop(record: VmRecord, registry: Registry) -> None:
     registry.remove(record.name)
 
 
+def end_unrecorded(name: str, registry: Registry) -> bool:
+    """End a QEMU that was started as ``name`` by somebody who did not live to record it; whether there was one.
+
+    It is known by its working directory, which is the VM's.
+
+    :raise RefusedError: ``name-taken``: a VM of that name is being started.
+    :raise UnreachableError: the process does not end.
+    """
+    # A name that comes from another host makes no path.
+    if name not in registry.unrecorded():
+        return False
+    with registry.reserve(name) as directory:
+        found = list(_at_home_in(directory))
+        for pid in found:
+            process = pidfd.open(pid)
+            try:
+                if not qemu_process.end(process):
+                    raise UnreachableError(f"{name}: QEMU (process {pid}) does not end, not even by SIGKILL")
+            finally:
+                os.close(process)
+        # While the name is ours: nobody else's directory goes.
+        registry.remove(name)
+    return bool(found)
+
+
+def _at_home_in(directory: Path) -> Iterator[int]:
+    for entry in Path("/proc").glob("[0-9]*"):
+        # Most processes live elsewhere, some end meanwhile, and not all are QEMUs.
+        with contextlib.suppress(OSError, RefusedError):
+            if (entry / "cwd").samefile(directory):
+                qemu_process.check(int(entry.name))
+                yield int(entry.name)
+
+
 def _reap(pid: int) -> None:
     """Take the exit status, if this process is the one that started it."""
     with contextlib.suppress(ChildProcessError):

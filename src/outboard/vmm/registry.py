@@ -187,6 +187,13 @@ class Registry:
             return []
         return [record for record in map(_read, directories) if record is not None]
 
+    def unrecorded(self) -> set[str]:
+        """The names under which VMs are being started, or were by somebody who died before they could be recorded."""
+        try:
+            return {path.name for path in self._vms.iterdir() if path.is_dir() and _read(path) is None}
+        except FileNotFoundError:
+            return set()
+
     def remove(self, name: str) -> None:
         """Forget a VM, and remove its directory. Idempotent; its QEMU is left alone."""
         shutil.rmtree(self._vms / name, ignore_errors=True)
