@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,6 +70,15 @@ def test_the_qemu_that_waits_for_the_vm_ends(scene: Scene, leave: Callable[[Scen
     assert not record.alive
     assert scene.registry.list() == []
     assert not scene.verdicts.commit("m1")
+
+
+def test_what_is_left_of_one_whose_qemu_has_ended_is_forgotten(scene: Scene) -> None:
+    record = launch(SPEC, scene.registry, incoming=True)
+    scene.arriving(record, "m1")
+    os.kill(record.pid, signal.SIGKILL)
+    os.waitpid(record.pid, 0)
+    scene.arrivals.succeed(scene.task)
+    assert not record.directory.exists()
 
 
 def test_a_vm_of_that_name_that_runs_here_goes_on(scene: Scene) -> None:

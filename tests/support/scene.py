@@ -13,7 +13,7 @@ from pathlib import Path
 from guest.build import Image
 from outboard.errors import KernelError, OutboardError
 from outboard.linux import cgroup, pidfd, proc
-from tests.support.cluster import Cluster, Host, Vm, wait_for
+from tests.support.cluster import WAIT_S, Cluster, Host, Vm, wait_for
 from tests.support.cutting import cut
 from tests.support.following import Follower
 from tests.support.holding import HeldAtLink
@@ -256,7 +256,10 @@ class Scene:
     def settle(self) -> Place:
         """Wait until no engine is at work any more, and see that nothing is left over; where the VM is."""
         wait_for(lambda: not self._at_work(), "the engines' end")
-        wait_for(lambda: not self.left_over(), f"the end of what is left over: {self.left_over()}")
+        deadline = time.monotonic() + WAIT_S
+        while left := self.left_over():
+            assert time.monotonic() < deadline, f"still left over after {WAIT_S:.0f} s: {left}"
+            time.sleep(0.1)
         return self.place()
 
     def _at_work(self) -> list[int]:
@@ -289,11 +292,15 @@ class Scene:
             for pid, name in processes(host):
                 if name.startswith("outboard-") or (name.startswith("qemu-system") and pid not in records):
                     found.append(f"process {pid} {name} at {host.name}")
+            named = {record.name: record for record in host.registry.list()}
             for directory in (host.runtime / "vms").glob("*"):
                 kept = _KEPT | ({"departing"} if self._is_stopped(host) else set())
-                left = [path.name for path in directory.iterdir() if path.name not in kept]
-                if left or directory.name not in {record.name for record in host.registry.list()}:
-                    found.append(f"{directory}: {left}")
+                left = [path.name for path in directory.glob("*") if path.name not in kept]
+                if directory.name in named and not named[directory.name].alive:
+                    # It has ended, and waits for outboard stop.
+                    continue
+                if left or directory.name not in named:
+                    found.append(f"{directory}, with{'' if directory.name in named else 'out'} a record: {left}")
             for pid in records:
                 with contextlib.suppress(KernelError):
                     found += [f"cgroup {name}" for name in cgroup.names(pid) if "outboard-brake" in name]

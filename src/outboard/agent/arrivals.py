@@ -156,8 +156,9 @@ class Arrivals:
         """End the QEMU that was to take the VM in, and no other of that name."""
         deadline = time.monotonic() + _STARTING_S
         while True:
-            with contextlib.suppress(NotFoundError):
-                record = self._registry.get(prepare.vm)
+            # Also one whose QEMU has ended, as it does when its stream of state breaks off.
+            record = next((one for one in self._registry.list() if one.name == prepare.vm), None)
+            if record is not None:
                 coming = left_task(record.directory / ARRIVING, Receive)
                 if awaits_state(record) if coming is None else coming.prepare.migration == prepare.migration:
                     stop(record, self._registry)
