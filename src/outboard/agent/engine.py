@@ -196,8 +196,11 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
         until_end.callback(os.close, only_one(journal))
         until_end.callback(_leave_no_empty, journal)
         guest = until_end.enter_context(record.attach())
-        if not work.again and not runs(guest.monitor, guest.name):
-            (journal / PAUSED).touch()
+        if not work.again:
+            if runs(guest.monitor, guest.name):
+                (journal / PAUSED).unlink(missing_ok=True)
+            else:
+                (journal / PAUSED).touch()
         attach_ms = (time.monotonic() - attaching) * 1e3
         outgoing = Outgoing(
             work.migration,
