@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from outboard.agent.manager import Manager
 from outboard.agent.succession import keep_task, left_task, only_one
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import NeedsRecoveryError, OutboardError, UnreachableError
-from outboard.linux import prctl, sched
+from outboard.linux import pidfd, prctl, sched
 from outboard.migrate import messages
 from outboard.migrate.admission import Admission
 from outboard.migrate.desk import Destination, Order
@@ -353,6 +354,31 @@ def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack
             stop(record, registry)
 
     until_end.callback(end)
+    with honest_about(record):
+        incoming = _clamp_on(work, record, until_end, identity)
+    return incoming
+
+
+@contextlib.contextmanager
+def honest_about(record: VmRecord) -> Iterator[None]:
+    """A QEMU that does not answer because it has ended is said to have ended."""
+    try:
+        yield
+    except UnreachableError as error:
+        process = pidfd.open(record.pid)
+        try:
+            # Its sockets close a moment before it has ended.
+            if pidfd.wait(process, 1.0):
+                raise OutboardError(
+                    f"QEMU of {record.name}, process {record.pid}, has ended at the destination"
+                ) from error
+        finally:
+            pidfd.close(process)
+        raise
+
+
+def _clamp_on(work: Receive, record: VmRecord, until_end: contextlib.ExitStack, identity: Path) -> Incoming:
+    prepare = work.prepare
     journal = record.directory / ARRIVING
     journal.mkdir(mode=0o700)
     until_end.callback(os.close, only_one(journal))
@@ -364,5 +390,4 @@ def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack
     memory = arriving_kind(guest)(guest, journal)
     arrival = Arrival(guest, record.directory)
     until_end.callback(arrival.close)
-    incoming = _incoming(work, record, guest, memory, arrival, identity)
-    return incoming
+    return _incoming(work, record, guest, memory, arrival, identity)
