@@ -120,9 +120,10 @@ class _Chance:
             faults.append(chance.choice(list(Fault)))
         options = [chance.choice(_METHODS), "--max-bandwidth", chance.choice(_RATES)]
         with Follower(scene.source, scene.vm.name, scene.target.name, *options) as follower:
+            follower.wait(lambda: bool(follower.reports), "the first report")
             time.sleep(chance.uniform(0, _LONGEST_S))
-            hit = follower.states()[-1].value if follower.reports else "new"
-            self.hit, self.words = f"{hit} ({options[0][2:]})", ", then ".join(fault.value for fault in faults)
+            self.hit = f"{follower.states()[-1].value} ({options[0][2:]})"
+            self.words = ", then ".join(fault.value for fault in faults)
             struck = time.monotonic()
             for fault in faults:
                 if fault is not faults[0]:
