@@ -195,10 +195,13 @@ def main(cells: bool, rounds: int, seed: int | None) -> None:
     account = Account()
     with Link() as link, Cluster(link=link) as cluster:
         scene = Scene(cluster, link, build(ROOT / ".build/guest"))
-        if cells:
-            _play_cells(scene, account, console)
-        _play_rounds(scene, rounds, seed, account, console)
-    Console(width=180).print(account.table())
+        try:
+            if cells:
+                _play_cells(scene, account, console)
+            _play_rounds(scene, rounds, seed, account, console)
+        finally:
+            # Also of rounds that somebody ends.
+            Console(width=180).print(account.table())
     for each in account.wrong():
         console.print(each, style="bold red", markup=False)
     sys.exit(1 if account.wrong() else 0)
