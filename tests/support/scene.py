@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -315,6 +316,11 @@ class Scene:
         """The mappings of a QEMU that a userfaultfd watches."""
         flags = [line.split()[1:] for line in Path(f"/proc/{pid}/smaps").read_text().splitlines() if "VmFlags:" in line]
         return [flag for each in flags for flag in each if flag in ("um", "uw", "ui")]
+
+    def kept(self) -> str:
+        """How the last migration ended, as the source's history has it."""
+        told = self.source.outboard("history", self.vm.name, "--last", "1", "-o", "ndjson").stdout
+        return str(json.loads(told)["state"]) if told else "nothing is kept"
 
     def go_on(self, place: Place) -> None:
         """Be ready for the next migration, from where the VM is, or with another one."""

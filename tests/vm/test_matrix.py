@@ -9,7 +9,7 @@ import pytest
 from guest.build import Image
 from tests.support.cluster import Cluster
 from tests.support.link import Link
-from tests.support.matrix import CELLS, IN_TESTS, Fault, Moment
+from tests.support.matrix import CELLS, IN_TESTS, UNTOLD, Fault, Moment
 from tests.support.scene import Scene
 
 pytestmark = pytest.mark.slow
@@ -35,5 +35,7 @@ def test_what_becomes_of_the_vm(scene: Scene, moment: Moment, fault: Fault) -> N
     except BaseException:
         scene.start_over()
         raise
+    if outcome == UNTOLD:
+        assert scene.kept() == "completed"
     scene.go_on(outcome.place)
     assert outcome == CELLS[moment, fault], scene.cluster.a.log()[-3000:] + scene.cluster.b.log()[-3000:]
