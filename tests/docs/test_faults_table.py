@@ -4,7 +4,7 @@ import pytest
 
 from docs import faults_table
 from outboard.migrate.states import FINAL, SAFE_AT, State, Where
-from tests.support.matrix import CELLS, Fault, Moment, Place
+from tests.support.matrix import CELLS, IN_TESTS, Fault, Moment, Place
 
 
 def test_the_table_in_the_page_is_up_to_date() -> None:
@@ -21,6 +21,8 @@ def test_a_page_that_differs_is_noticed() -> None:
 def test_every_state_in_which_a_fault_can_hit_is_there() -> None:
     assert {moment.state for moment in Moment} == set(State) - FINAL - {State.NEW}
     assert set(CELLS) == {(moment, fault) for moment in Moment for fault in Fault}
+    assert all(len(set(faults)) == len(faults) for faults in IN_TESTS.values())
+    assert set(IN_TESTS) == set(Moment)
 
 
 def test_no_cell_promises_what_the_states_do_not() -> None:
