@@ -26,7 +26,8 @@ from tests.support.cluster import Cluster
 from tests.support.following import Follower
 from tests.support.link import Link
 from tests.support.matrix import CELLS, Fault, Outcome, Place
-from tests.support.scene import Scene, engines
+from tests.support.processes import engines
+from tests.support.scene import Scene
 
 _METHODS = ("--enlightened", "--post-copy", "--pre-copy", "--hybrid", "--verify")
 _RATES = ("10MB", "20MB", "40MB")

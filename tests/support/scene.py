@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from guest.build import Image
 from outboard.errors import KernelError, OutboardError
-from outboard.linux import cgroup, pidfd, proc
+from outboard.linux import cgroup, pidfd
 from tests.support.cluster import WAIT_S, Cluster, Host, Vm, wait_for
 from tests.support.cutting import cut
 from tests.support.following import Follower
 from tests.support.holding import HeldAtLink
 from tests.support.link import Link
 from tests.support.matrix import Fault, Moment, Outcome, Place
+from tests.support.processes import calling, connected, engines, kill, processes
 
 _KEPT = {"vm.json", "spec.toml", "qmp.sock", "engine.sock", "guest-agent.sock", "console.log", "qemu.log"}
 """What the directory of a VM that runs holds."""
-_SYN_SENT = 2
 _SLOW = ("--max-bandwidth", "20MB")
 _OPTIONS: dict[Moment, tuple[str, ...]] = {
     Moment.COPYING: ("--pre-copy", "--no-hints", *_SLOW),
@@ -34,73 +32,6 @@ _MUTE = {
     Fault.TARGET_MUTE: ("target",),
     Fault.BOTH_MUTE: ("source", "target"),
 }
-
-
-def kill(pid: int) -> None:
-    """SIGKILL; one that has ended already is left alone."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def processes(host: Host) -> Iterator[tuple[int, str]]:
-    """The processes of a host, each with the name that it gave itself."""
-    mark = f"OUTBOARD_RUNTIME_DIR={host.runtime}\0".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (entry / "environ").read_bytes() + b"\0":
-                yield int(entry.name), (entry / "comm").read_text().strip()
-
-
-def engines(host: Host) -> list[int]:
-    """The engines at work on a host, also those whose agent is gone."""
-    found = {pid for pid, name in processes(host) if name == "outboard-engine"}
-    kept = []
-    for pid in found:
-        with contextlib.suppress(KernelError):
-            # A worker has its engine's name until it takes its own.
-            if proc.parent(pid) not in found:
-                kept.append(pid)
-    return kept
-
-
-def _connections(engine: int) -> list[socket.socket]:
-    """The TCP sockets of a process; close them."""
-    found = []
-    with contextlib.suppress(KernelError):
-        process = pidfd.open(engine)
-        try:
-            for number, link in proc.descriptors(engine).items():
-                if link.startswith("socket:"):
-                    with contextlib.suppress(KernelError, OSError):
-                        one = socket.socket(fileno=pidfd.getfd(process, number))
-                        if one.family == socket.AF_INET and one.type == socket.SOCK_STREAM:
-                            found.append(one)
-                        else:
-                            one.close()
-        finally:
-            pidfd.close(process)
-    return found
-
-
-def _count(engine: int, kind: Callable[[socket.socket], bool]) -> int:
-    with contextlib.ExitStack() as open_:
-        return sum(kind(open_.enter_context(one)) for one in _connections(engine))
-
-
-def _is_connected(one: socket.socket) -> bool:
-    try:
-        one.getpeername()
-    except OSError:
-        return False
-    return True
-
-
-def _connected(engine: int) -> int:
-    return _count(engine, _is_connected)
-
-
-def _calling(engine: int) -> int:
-    return _count(engine, lambda one: one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _SYN_SENT)
 
 
 class Scene:
@@ -122,8 +53,6 @@ class Scene:
         self.vm = Vm(self.cluster, self._image, f"web{self._made}")
         self.vm.write(32, 1500)
         self.source, self.target = self.cluster.a, self.cluster.b
-
-    # What goes wrong
 
     def reach(self, moment: Moment, follower: Follower, until: contextlib.ExitStack) -> Callable[[], None]:
         """Bring a migration to ``moment`` and hold it there; what lets it go."""
@@ -158,7 +87,7 @@ class Scene:
         let_go = self._stop(found[0], until)
         follower.wait_state(Moment.PREPARING.state)
         # The call to the agent, and the three streams.
-        wait_for(lambda: sum(_connected(engine) for engine in engines(self.source)) >= 4, "the streams")
+        wait_for(lambda: sum(connected(engine) for engine in engines(self.source)) >= 4, "the streams")
         return let_go
 
     @staticmethod
@@ -224,22 +153,20 @@ class Scene:
             kill(pid)
         return bool(found)
 
-    def _mute(self, who: tuple[str, ...], calling: Callable[[], None] | None = None) -> bool:
-        """Lose what ``who`` send until both have noticed; given ``calling``, until the source has called in vain."""
+    def _mute(self, who: tuple[str, ...], once_lost: Callable[[], None] | None = None) -> bool:
+        """Lose what ``who`` send until both have noticed; after ``once_lost``, until the source has called in vain."""
         hosts = {"source": self.source, "target": self.target}
         both = [*engines(self.source), *engines(self.target)]
         self._link.lose(*(hosts[one].name for one in who))
         try:
-            if calling is not None:
-                calling()
-                wait_for(lambda: any(map(_calling, engines(self.source))), "the source's call")
+            if once_lost is not None:
+                once_lost()
+                wait_for(lambda: any(map(calling, engines(self.source))), "the source's call")
             else:
-                wait_for(lambda: not any(map(_connected, both)), "the hosts' notice of the silence")
+                wait_for(lambda: not any(map(connected, both)), "the hosts' notice of the silence")
         finally:
             self._link.lose()
         return bool(both)
-
-    # What must be so afterwards
 
     def play(self, moment: Moment, fault: Fault) -> tuple[Outcome, float | None]:
         """Migrate, and have ``fault`` happen at ``moment``; what came of it, and how long until somebody saw to it."""
