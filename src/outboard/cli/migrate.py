@@ -115,7 +115,11 @@ def _follow(migration: str, output: str) -> None:
             if isinstance(decoded, report.Summary):
                 summary = decoded
     if summary is None:
-        raise error_of(1, f"the engine of migration {migration} ended without a summary; see the agent's log")
+        raise error_of(
+            1,
+            f"the engine of migration {migration} died before the VM was given away: it goes on at the source, if its "
+            "QEMU lives; see the agent's log",
+        )
     if output == "table":
         _print_summary(summary)
     if summary.error is not None:
