@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ _PATIENCE_S = 120.0
 class OutboardArm:
     """One of Outboard's ways.
 
-    :param method: the option of ``outboard migrate``.
+    :param method: the option of ``outboard migrate``. :param options: others.
     """
 
     name: str
     limit_s: float
     method: str
+    options: Sequence[str] = ()
     _hosts: Hosts | None = None
     _agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -84,7 +85,7 @@ class OutboardArm:
         until = began + self.limit_s
         with log.open("wb") as output:
             process = bed.a.popen(
-                [str(OUTBOARD), "migrate", vm.name, "b", f"--{self.method}", "-o", "ndjson", "--wait"],
+                [str(OUTBOARD), "migrate", vm.name, "b", f"--{self.method}", *self.options, "-o", "ndjson", "--wait"],
                 stdout=output,
                 stderr=output,
                 environment=self._hosts.environment(bed.a),

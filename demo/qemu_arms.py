@@ -2,13 +2,15 @@
 
 The destination's QEMU is started beforehand and waits, as a management tool would have it; what Outboard's agent does
 after the command is therefore not in these arms' times. Nothing limits the rate but the link. The downtime limit
-stays at QEMU's default of 300 ms. Post-copy is switched to at once. RAM goes over plain TCP.
+stays at QEMU's default of 300 ms. Post-copy is switched to at once. RAM goes over plain TCP, unless
+the arm says otherwise.
 
 Source: QEMU's docs/devel/migration.rst, qapi/migration.json (7.2).
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +37,7 @@ class QemuArm:
 
     :param capabilities: set at both ends.
     :param parameters: set at both ends.
+    :param tls: whether RAM goes over TLS, with a key that both ends have.
     :param post_copy: whether to switch to post-copy as soon as the migration has begun.
     """
 
@@ -43,6 +46,7 @@ class QemuArm:
     capabilities: Sequence[str] = ()
     parameters: dict[str, object] = field(default_factory=dict)
     post_copy: bool = False
+    tls: bool = False
     _hosts: Hosts | None = None
     _source: VmMonitor | None = None
     _destination: VmMonitor | None = None
@@ -63,8 +67,25 @@ class QemuArm:
             names = ["events", *self.capabilities, *(blocktime if self.post_copy else [])]
             capabilities = [{"capability": name, "state": True} for name in names]
             monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
-            monitor.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED, **self.parameters})
+            parameters: dict[str, object] = {"max-bandwidth": UNLIMITED, **self.parameters}
+            if self.tls:
+                endpoint = "client" if monitor is self._source else "server"
+                parameters["tls-creds"] = self._credentials(monitor, endpoint)
+            monitor.execute("migrate-set-parameters", parameters)
         self._destination.execute("migrate-incoming", {"uri": f"tcp:{LINK_ADDRESSES['b']}:{PORT}"})
+
+    def _credentials(self, monitor: VmMonitor, endpoint: str) -> str:
+        """Give QEMU the key; the name of that object."""
+        assert self._hosts is not None
+        directory = self._hosts.bed.directory / "psk"
+        if not directory.exists():
+            directory.mkdir(mode=0o700)
+            (directory / "keys.psk").write_text(f"qemu:{secrets.token_hex(32)}\n")
+        credentials = {"qom-type": "tls-creds-psk", "id": "tls", "dir": str(directory), "endpoint": endpoint}
+        if endpoint == "client":
+            credentials["username"] = "qemu"
+        monitor.execute("object-add", credentials)
+        return "tls"
 
     def migrate(self, vm: Vm, resumed: Callable[[VmMonitor], None]) -> Outcome:  # noqa: ARG002 (there is but one)
         """See :class:`demo.arms.Arm`."""
@@ -147,6 +168,7 @@ def qemu_arms(limit_s: float, throttled_limit_s: float) -> list[QemuArm]:
     ]
 
 
-def multifd_arm(limit_s: float, channels: int = 2) -> QemuArm:
+def multifd_arm(limit_s: float, channels: int = 2, *, tls: bool = False) -> QemuArm:
     """Pre-copy over several connections: QEMU's fastest where the link is not the limit."""
-    return QemuArm(f"qemu-multifd-{channels}", limit_s, ("multifd",), {"multifd-channels": channels})
+    name = f"qemu-multifd-{channels}{'-tls' if tls else ''}"
+    return QemuArm(name, limit_s, ("multifd",), {"multifd-channels": channels}, tls=tls)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from outboard.errors import OutboardError, PeerError, RefusedError, UnreachableError
@@ -57,7 +58,7 @@ def door(identities: Path) -> Iterator[Door]:
     book = TokenBook(time.monotonic)
     listener = Listener(ADDRESS, (43000, 43050), identities / "b")
     with Admission(PREPARE, "a", listener, book) as admission:
-        yield Door(admission, listener.port, {role: book.issue(role) for role in messages.ROLES}, identities)
+        yield Door(admission, listener.port, {role: book.issue(role) for role in messages.roles(1)}, identities)
 
 
 def refused(channel: Channel) -> None:
@@ -68,9 +69,9 @@ def refused(channel: Channel) -> None:
 
 def test_the_source_is_let_in_by_its_tokens(door: Door) -> None:
     thread, streams = door.admit()
-    ours = [door.call(role) for role in messages.ROLES]
+    ours = [door.call(role) for role in messages.roles(1)]
     thread.join(20)
-    assert set(streams) == set(messages.ROLES)
+    assert set(streams) == set(messages.roles(1))
     for channel in [*ours, *streams.values()]:
         channel.close()
 
@@ -88,9 +89,9 @@ def test_the_source_is_let_in_by_its_tokens(door: Door) -> None:
 def test_a_stranger_is_turned_away_and_the_source_still_let_in(door: Door, how: dict[str, str]) -> None:
     thread, streams = door.admit()
     refused(door.call("bulk", **how))
-    ours = [door.call(role) for role in messages.ROLES]
+    ours = [door.call(role) for role in messages.roles(1)]
     thread.join(20)
-    assert set(streams) == set(messages.ROLES)
+    assert set(streams) == set(messages.roles(1))
     for channel in [*ours, *streams.values()]:
         channel.close()
 
@@ -99,9 +100,9 @@ def test_a_token_serves_once(door: Door) -> None:
     thread, streams = door.admit()
     ours = [door.call("bulk")]
     refused(door.call("bulk"))
-    ours += [door.call(role) for role in messages.ROLES if role != "bulk"]
+    ours += [door.call(role) for role in messages.roles(1) if role != "bulk"]
     thread.join(20)
-    assert set(streams) == set(messages.ROLES)
+    assert set(streams) == set(messages.roles(1))
     for channel in [*ours, *streams.values()]:
         channel.close()
 
@@ -109,9 +110,9 @@ def test_a_token_serves_once(door: Door) -> None:
 def test_a_token_is_for_one_stream(door: Door) -> None:
     thread, streams = door.admit()
     refused(door.call("control", token=door.tokens["bulk"]))
-    ours = [door.call(role) for role in messages.ROLES]
+    ours = [door.call(role) for role in messages.roles(1)]
     thread.join(20)
-    assert set(streams) == set(messages.ROLES)
+    assert set(streams) == set(messages.roles(1))
     for channel in [*ours, *streams.values()]:
         channel.close()
 
@@ -128,7 +129,7 @@ def test_a_refusal_reaches_the_source_with_its_exit_code(door: Door) -> None:
     error = RefusedError("no-room", "b has no room for web")
     thread = threading.Thread(target=lambda: door.admission.refuse(error))
     thread.start()
-    ours = {role: door.call(role) for role in messages.ROLES}
+    ours = {role: door.call(role) for role in messages.roles(1)}
     with pytest.raises(OutboardError, match="b has no room for web") as caught:
         messages.expect(ours["control"].receive(10).payload, messages.Welcome)
     assert caught.value.exit_code == error.exit_code
@@ -144,3 +145,31 @@ def test_a_vm_without_memory(identities: Path) -> None:
         pytest.raises(PeerError, match="without memory"),
     ):
         Admission(empty, "a", listener, TokenBook(time.monotonic))
+
+
+@pytest.mark.parametrize("streams", [0, -1, messages.MAX_STREAMS + 1, 1 << 40])
+def test_as_many_streams_as_the_peer_likes(identities: Path, streams: int) -> None:
+    wanted = msgspec.structs.replace(PREPARE, streams=streams)
+    with (
+        Listener(ADDRESS, (43000, 43050), identities / "b") as listener,
+        pytest.raises(PeerError, match=f"wants {streams} streams"),
+    ):
+        Admission(wanted, "a", listener, TokenBook(time.monotonic))
+
+
+def test_several_streams_for_the_bulk_and_no_other(identities: Path) -> None:
+    book = TokenBook(time.monotonic)
+    listener = Listener(ADDRESS, (43000, 43050), identities / "b")
+    with Admission(msgspec.structs.replace(PREPARE, streams=3), "a", listener, book) as admission:
+        door = Door(admission, listener.port, admission.issue(), identities)
+        assert tuple(door.tokens) == messages.roles(3)
+        thread, streams = door.admit()
+        refused(door.call("bulk-4", token=door.tokens["bulk-3"]))
+        # A token that was shown is used up, and goes for its own role alone.
+        door.tokens["bulk-3"] = book.issue("bulk-3")
+        ours = [door.call(role) for role in reversed(messages.roles(3))]
+        thread.join(20)
+        assert set(streams) == set(messages.roles(3))
+        assert messages.bulk_of(streams) == [streams[role] for role in ("bulk", "bulk-2", "bulk-3")]
+        for channel in [*ours, *streams.values()]:
+            channel.close()

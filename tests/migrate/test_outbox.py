@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import NEVER, Outbox, Share
 from outboard.migrate.sending import batches
 from outboard.pages.pageset import PageSet
 
@@ -44,6 +44,38 @@ def test_a_range_is_walked_alone(rank: list[int], sent: set[int]) -> None:
         for page in range(first, first + count)
     ]
     assert sorted(pages) == [page for page in range(100, 150) if rank[page] != NEVER and page not in sent]
+
+
+@given(st.integers(1, 8), st.integers(0, 4000), st.integers(1, 5000))
+def test_each_page_belongs_to_one_stream_whatever_is_walked(of: int, first: int, count: int) -> None:
+    outbox = Outbox(9000)
+    outbox.rank[:] = 3
+    streams = np.zeros(9000, dtype=np.int64)
+    for number in range(of):
+        share = Share(number, of)
+        runs = outbox.due(first, count, 3, share).tolist()
+        for begin, length in runs:
+            streams[begin : begin + length] += 1
+            assert {page // 512 % of for page in range(begin, begin + length)} == {number}
+        assert outbox.ranks_due(first, count, 9, share) == ([3] if runs else [])
+    assert np.all(streams[first : first + count] == 1)
+    assert streams.sum() == count
+
+
+def test_the_limit_is_of_all_streams_that_send() -> None:
+    outbox = Outbox(8)
+    outbox.note_busy(0, busy=True)
+    assert (outbox.limit, outbox.limit_each) == (None, None)
+    outbox.limit = 120
+    for stream in range(4):
+        outbox.note_busy(stream, busy=True)
+        outbox.count_bulk(1, 2, 30, stream)
+        outbox.note_rate(30, stream)
+    assert outbox.limit_each == 30
+    outbox.note_busy(2, busy=False)
+    assert outbox.limit_each == 40
+    sent = outbox.statistics()
+    assert (sent.data_pages, sent.zero_pages, sent.bulk_bytes, sent.rate) == (4, 8, 120, 120)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 300)), max_size=20))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import NEVER, Outbox, Share
 from outboard.migrate.sending import Answerer, BulkSender, Send, decode_done, encode_order
 from outboard.migrate.worker import Worker
 from outboard.pages.pageset import PageSet
@@ -92,6 +92,37 @@ def test_what_is_due_goes_by_rank_once(guest: Guest, peer: Peer) -> None:
     assert outbox.statistics().data_pages == 3 + 5
     assert outbox.unsent() == PageSet.from_numbers(guest.pages, np.arange(500, 504))
     worker.end()
+
+
+def test_two_streams_send_their_shares_and_help_each_other_once_order_does_not_count(guest: Guest, peer: Peer) -> None:
+    outbox = ranked(guest, r7=(0, 1024))
+    second = Peer(guest)
+    workers = [
+        Worker(
+            "test-bulk",
+            lambda link, number=number, channel=each.channel: BulkSender(  # type: ignore[misc]
+                guest, outbox, channel, link, share=Share(number, 2)
+            ).serve(),
+        )
+        for number, each in enumerate((peer, second))
+    ]
+    # The second stream has nothing of the first chunk, and so nothing to do before the resume.
+    before = Send(0, 512, 7, paced=False, changes=True)
+    workers[1].tell(encode_order(before))
+    assert done(workers[1])
+    assert not outbox.already_sent()
+    workers[1].tell(encode_order(Send(0, 1024, 7, paced=False, changes=True)))
+    assert [page for _ in range(8) for page in second.pages()] == list(range(512, 1024))
+    assert done(workers[1])
+    workers[1].tell(encode_order(Send(0, 1024, 7, paced=False)))
+    assert [page for _ in range(8) for page in second.pages()] == list(range(512))
+    assert done(workers[1])
+    workers[0].tell(encode_order(before))
+    assert done(workers[0])
+    assert outbox.statistics().data_pages == 512
+    for worker in workers:
+        worker.end()
+    second.close()
 
 
 def test_what_only_fills_the_link_stops_when_it_is_told(guest: Guest, peer: Peer) -> None:

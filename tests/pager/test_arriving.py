@@ -226,6 +226,18 @@ def test_forgotten_pages_are_absent_again(scene: Scene) -> None:
         scene.pager.forget(PageSet(scene.target.pages))
 
 
+def test_what_was_placed_is_held_until_somebody_may_write_it(scene: Scene) -> None:
+    place(scene.pager, 5, word(1))
+    room = bytearray(4096)
+    assert scene.pager.held(5, memoryview(room))
+    assert room == word(1)
+    place_zeros(scene.pager, 7, 1)
+    assert not scene.pager.held(6, memoryview(room))
+    assert not scene.pager.held(7, memoryview(room))
+    scene.pager.run()
+    assert not scene.pager.held(5, memoryview(room))
+
+
 def test_zeros_replace_content_before_the_guest_runs(scene: Scene) -> None:
     place(scene.pager, 5, word(1))
     place_zeros(scene.pager, 5, 1)

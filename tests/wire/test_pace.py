@@ -80,3 +80,42 @@ def test_a_pause_tells_nothing() -> None:
     assert before is not None
     assert link.estimate.rate is not None
     assert link.estimate.rate >= 0.9 * before
+
+
+@pytest.mark.parametrize("limit", [3e6, 10e6, 60e6])
+def test_what_the_user_limits_is_not_taken_for_the_link(limit: float) -> None:
+    """Segments of 64 KiB, each of which is a long round trip at such a pace."""
+    estimate = LinkEstimate(lambda: now)
+    now = sent = 0.0
+    acknowledged = 0
+    for _ in range(4000):
+        now += STEP
+        pace = min(limit, estimate.rate or limit)
+        sent += pace * STEP
+        acknowledged = int(sent) // 65536 * 65536
+        estimate.sample(acknowledged, 50 + int(65536 / pace * 1e6), 50, busy=True, limit=limit)
+    assert estimate.rate is None or estimate.rate > 0.7 * limit
+
+
+def test_a_link_slower_than_the_limit_is_found_out() -> None:
+    link = Link(40e6)
+    for _ in range(600):
+        pace = min(60e6, link.estimate.rate or 60e6)
+        link.queue = min(link.room, link.queue + pace * STEP)
+        out = min(link.queue, link.rate * STEP)
+        link.queue -= out
+        link.acknowledged += out
+        link.now += STEP
+        rtt = 50 + int(link.queue / link.rate * 1e6)
+        link.estimate.sample(int(link.acknowledged), rtt, 50, busy=True, limit=60e6)
+    assert link.estimate.rate is not None
+    assert 30e6 < link.estimate.rate < 41e6
+
+
+def test_no_window_makes_a_link_of_nothing() -> None:
+    link = Link(119e6)
+    link.run(1)
+    link.rate = 10.0
+    link.run(60)
+    assert link.estimate.rate is not None
+    assert link.estimate.rate > 100_000

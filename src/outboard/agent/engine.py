@@ -255,7 +255,7 @@ def _receive_first(work: Receive, desk: PipeDesk, registry: Registry, identity: 
     tokens = TokenBook(time.monotonic)
     listener = Listener(work.listen, work.ports, identity)
     with contextlib.ExitStack() as until_end, Admission(work.prepare, work.source, listener, tokens) as admission:
-        desk.report(Ready(port=listener.port, tokens={role: tokens.issue(role) for role in messages.ROLES}))
+        desk.report(Ready(port=listener.port, tokens=admission.issue()))
         try:
             incoming = _bring_up(work, registry, until_end, identity)
         except OutboardError as error:
@@ -330,9 +330,8 @@ def _reopen(work: Receive, directory: Path, identity: Path) -> dict[str, Channel
         Admission(work.prepare, work.source, listener, tokens) as admission,
     ):
         while True:
-            issued = {role: tokens.issue(role) for role in messages.ROLES}
             draft.touch(mode=0o600)
-            draft.write_bytes(messages.encode(messages.Prepared(port=listener.port, tokens=issued)))
+            draft.write_bytes(messages.encode(messages.Prepared(port=listener.port, tokens=admission.issue())))
             draft.rename(place)
             try:
                 return admission.streams()

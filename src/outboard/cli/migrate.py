@@ -16,6 +16,7 @@ from outboard.cli import api
 from outboard.cli.output import Bandwidth, Duration, output_option, print_json, size_text
 from outboard.errors import OutboardError, error_of
 from outboard.migrate import report
+from outboard.migrate.messages import MAX_STREAMS
 
 _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.Decoder(report.Progress | report.Summary)
 
@@ -40,6 +41,18 @@ _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.D
 )
 @click.option("--max-downtime", type=Duration(), default="300ms", show_default=True, help="Longest pause allowed.")
 @click.option("--max-bandwidth", type=Bandwidth(), help="Limit, such as 500Mbit; see outboard limit to change it.")
+@click.option(
+    "--compress",
+    type=click.Choice(["auto", "none", "lz4", "zstd"]),
+    default="auto",
+    show_default=True,
+    help="How pages are packed; auto: by what pays on this link.",
+)
+@click.option(
+    "--streams",
+    type=click.IntRange(1, MAX_STREAMS),
+    help="Connections for the bulk; without it by the processors and the link.",
+)
 @click.option("--verify", is_flag=True, help="Stay paused until all has arrived and compare digests of every page.")
 @click.option("--wait/--detach", default=True, show_default=True, help="Follow it, or return once it has begun.")
 @output_option("table", "json", "ndjson")
@@ -51,6 +64,8 @@ def migrate(
     throttle: bool,
     max_downtime: float,
     max_bandwidth: int | None,
+    compress: str,
+    streams: int | None,
     verify: bool,
     wait: bool,
     output: str,
@@ -66,6 +81,8 @@ def migrate(
         "max_downtime": max_downtime,
         "max_bandwidth": max_bandwidth,
         "verify": verify,
+        "compress": compress,
+        "streams": streams,
     }
     migration = api.call("POST", "/v1/migrations", {"vm": vm, "host": host, "options": options})["migration"]
     if not wait:
@@ -159,6 +176,21 @@ def _draw(lines: Iterator[str]) -> report.Summary | None:
     return None
 
 
+def content_words(summary: report.Summary) -> str:
+    """What packing has done, in words."""
+    ways = [f"{pages} pages by {name}" for name, pages in summary.codecs.items() if name != "none"]
+    if summary.reference_pages:
+        ways.append(f"{summary.reference_pages} as references")
+    if summary.changed_pages:
+        ways.append(f"{summary.changed_pages} as changes")
+    if not ways:
+        return "as it is"
+    return (
+        f"{size_text(summary.content_bytes)} in {size_text(summary.packed_bytes)}: {', '.join(ways)}; "
+        f"{summary.codec_s:.2f} s of the processor"
+    )
+
+
 def _print_summary(summary: report.Summary) -> None:
     def ms(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} ms"
@@ -180,6 +212,7 @@ def _print_summary(summary: report.Summary) -> None:
             f"{summary.urgent_pages} on demand, {summary.resent_pages} again; "
             f"{summary.never_sent_pages} of {summary.pages} never",
         ),
+        ("content", content_words(summary)),
         (
             "faults",
             f"{summary.remote_faults or 0} remote, p50 {us(summary.fault_p50_us)}, p99 {us(summary.fault_p99_us)}",

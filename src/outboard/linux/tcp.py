@@ -69,7 +69,8 @@ class tcp_info_head(ctypes.Structure):
 class TcpInfo:
     """A part of struct tcp_info. Times in microseconds, rates in bytes/s.
 
-    ``app_limited``: the delivery rate was bound by the sender having nothing to send.
+    ``app_limited``: the delivery rate was bound by the sender having nothing to send. ``queued_bytes``: given to the
+    kernel and not acknowledged.
     """
 
     rtt_us: int
@@ -78,6 +79,7 @@ class TcpInfo:
     app_limited: bool
     acknowledged_bytes: int
     unsent_bytes: int
+    queued_bytes: int
     retransmits: int
 
 
@@ -92,6 +94,7 @@ def tcp_info(connection: socket.socket) -> TcpInfo:
         app_limited=bool(told.tcpi_app_limited & 1),
         acknowledged_bytes=told.tcpi_bytes_acked,
         unsent_bytes=told.tcpi_notsent_bytes,
+        queued_bytes=told.tcpi_notsent_bytes + told.tcpi_unacked * told.tcpi_snd_mss,
         retransmits=told.tcpi_total_retrans,
     )
 

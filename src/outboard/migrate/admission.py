@@ -21,7 +21,7 @@ class Admission:
     """The door of one incoming migration; a context manager that closes it.
 
     :param source: the name that the source's certificate must carry.
-    :raise PeerError: ``prepare`` describes a VM without memory.
+    :raise PeerError: ``prepare`` describes a VM without memory, or wants more streams than there may be.
     """
 
     def __init__(self, prepare: Prepare, source: str, listener: Listener, tokens: TokenBook) -> None:
@@ -32,12 +32,21 @@ class Admission:
         self._pages = max((first + pages for first, pages, _ in prepare.layout), default=0)
         if self._pages <= 0:
             raise PeerError(f"{source} announced {prepare.vm} without memory")
+        if not 0 < prepare.streams <= messages.MAX_STREAMS:
+            raise PeerError(
+                f"{source} wants {prepare.streams} streams for {prepare.vm}; 1 to {messages.MAX_STREAMS} go"
+            )
+        self._roles = messages.roles(prepare.streams)
 
     def __enter__(self) -> Admission:
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self._listener.close()
+
+    def issue(self) -> dict[str, str]:
+        """A token for each of the streams."""
+        return {role: self._tokens.issue(role) for role in self._roles}
 
     def streams(self) -> dict[str, Channel]:
         """All of this migration's streams, by their roles.
@@ -47,7 +56,7 @@ class Admission:
         streams: dict[str, Channel] = {}
         deadline = time.monotonic() + _STEP_S
         try:
-            while len(streams) < len(messages.ROLES):
+            while len(streams) < len(self._roles):
                 try:
                     # Anybody may call this port: who is not of this migration is turned away, and the rest waited for.
                     channel = self._listener.accept(max(0.0, deadline - time.monotonic()), self._pages)
@@ -79,6 +88,6 @@ class Admission:
     def _authorise(self, channel: Channel, hello: Hello) -> None:
         if channel.peer_name != self._source:
             raise NotAuthorisedError(f"{channel.peer_name} opened a stream of a migration from {self._source}")
-        if hello.migration != self._prepare.migration or hello.role not in messages.ROLES:
+        if hello.migration != self._prepare.migration or hello.role not in self._roles:
             raise NotAuthorisedError(f"{self._source} opened a stream of another migration")
         self._tokens.redeem(hello.token, hello.role)

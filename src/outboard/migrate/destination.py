@@ -7,6 +7,7 @@ after it, nothing does: what is missing is waited for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import select
 import socket
 import time
@@ -98,7 +99,7 @@ class Incoming:
         self._sets: dict[int, PageSet] = {}
         self._live: PageSet | None = None
         self._all_sent = False
-        self._passed = 0
+        self._passed: list[int] = []
         self._mapped_before_resume = 0
 
     def run(self, streams: dict[str, Channel] | None) -> None:
@@ -156,16 +157,18 @@ class Incoming:
             self._faults.end()
         faults = self._faults = self._serve_faults(streams["urgent"])
 
-        def receive_bulk(link: socket.socket) -> None:
-            BulkReceiver(self._memory, streams["bulk"], faults.link, link).serve()
+        def receive_bulk(channel: Channel, link: socket.socket) -> None:
+            BulkReceiver(self._memory, channel, faults.link, link).serve()
 
-        bulk = Worker("outboard-place", receive_bulk)
-        session.callback(bulk.end)
+        bulk = []
+        for channel in messages.bulk_of(streams):
+            bulk.append(Worker("outboard-place", functools.partial(receive_bulk, channel)))
+            session.callback(bulk[-1].end)
         control = Conversation(streams["control"])
         # On this stream alone: the others belong to the workers from the fork on.
         control.send(messages.Welcome())
         self._sets = {name: PageSet(self._guest.pages) for name in (messages.FORGET, messages.LIVE, messages.LARGE)}
-        self._live, self._all_sent, self._passed = None, False, 0
+        self._live, self._all_sent, self._passed = None, False, [0] * len(bulk)
         if self.committed:
             here = PageSet.from_mask(self._memory.residency.where != Where.PEER)
             control.send_pages(messages.HAVE, here, messages.Have())
@@ -182,39 +185,50 @@ class Incoming:
                 control.send(messages.Failed(why=str(error), exit_code=error.exit_code))
             raise
 
-    def _attend(self, control: Conversation, faults: Worker, bulk: Worker, session: contextlib.ExitStack) -> None:
+    def _attend(self, control: Conversation, faults: Worker, bulk: list[Worker], session: contextlib.ExitStack) -> None:
         """Do what the source says until no page is missing."""
 
         def take_frames() -> None:
             while True:
-                self._take(control.receive(_STEP_S), control, faults, hear_bulk)
+                self._take(control.receive(_STEP_S), control, faults, await_barrier)
                 if not control.channel.pending():
                     return
 
-        def hear_bulk(timeout: float = 0) -> None:
-            report = bulk.hear(timeout)
+        def hear(stream: int) -> None:
+            report = bulk[stream].hear(0)
             if report is None:
-                if timeout:
-                    raise PeerError(f"a barrier did not pass within {timeout:.0f} s")
                 return
             match messages.decode(report):
                 case messages.Barrier(number):
-                    self._passed = number
-                    control.send(messages.BarrierPassed(number))
+                    before = min(self._passed)
+                    self._passed[stream] = number
+                    if min(self._passed) > before:
+                        control.send(messages.BarrierPassed(min(self._passed)))
                 case _:
-                    self._all_sent = True
                     # It has done its work and ends; from now on it is silent.
-                    speakers.pop(bulk.fileno())
+                    speakers.pop(bulk[stream].fileno())
+                    at_work.discard(stream)
+                    self._all_sent = not at_work
+
+        def await_barrier(number: int) -> None:
+            deadline = time.monotonic() + _STEP_S
+            while min(self._passed) < number:
+                fds = {bulk[stream].fileno(): stream for stream in at_work}
+                for fd in select.select(list(fds), [], [], max(0.0, deadline - time.monotonic()))[0]:
+                    hear(fds[fd])
+                if time.monotonic() > deadline:
+                    raise PeerError(f"a barrier did not pass within {_STEP_S:.0f} s")
 
         def mourn() -> None:
             raise OutboardError(f"QEMU of {self._guest.name}, process {self._guest.pid}, has ended at the destination")
 
+        at_work = set(range(len(bulk)))
         vmm = pidfd.open(self._guest.pid)
         session.callback(pidfd.close, vmm)
         speakers: dict[int, Callable[[], object]] = {
             vmm: mourn,
             control.channel.fileno(): take_frames,
-            bulk.fileno(): hear_bulk,
+            **{worker.fileno(): functools.partial(hear, stream) for stream, worker in enumerate(bulk)},
             faults.fileno(): lambda: faults.hear(0),
         }
         while not self._complete():
@@ -235,7 +249,7 @@ class Incoming:
         frame: Frame,
         control: Conversation,
         faults: Worker,
-        hear_bulk: Callable[[float], None],
+        await_barrier: Callable[[int], None],
     ) -> None:
         if frame.kind is Kind.STREAM and self._arrival is not None:
             if len(frame.payload):
@@ -251,8 +265,7 @@ class Incoming:
             raise PeerError(f"a {frame.kind.name} frame on the control stream")
         match messages.decode(frame.payload):
             case messages.Final(barrier):
-                while self._passed < barrier:
-                    hear_bulk(_STEP_S)
+                await_barrier(barrier)
                 faults.tell(b"open")
                 control.send(messages.Settled())
             case messages.Forget():

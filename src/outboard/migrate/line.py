@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import TypeVar
 
 from outboard.errors import OutboardError, PeerError
 from outboard.migrate import messages
+from outboard.migrate.codec import Compress
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.desk import Destination
 from outboard.migrate.messages import Message
-from outboard.migrate.outbox import Outbox
+from outboard.migrate.outbox import Outbox, Share
 from outboard.migrate.sending import Answerer, BulkSender, Done, Say, Send, decode_done, encode_order
 from outboard.migrate.steering import STEP_S, Speakers, Steering
 from outboard.migrate.worker import Worker
@@ -48,19 +50,20 @@ class Line:
         identity: Path,
         steering: Steering,
         ready: Callable[[], None],
+        compress: Compress,
     ) -> None:
         self.migration, self.destination = migration, destination
         self.digests: bytearray | None = None
         self._guest, self._outbox, self._identity, self._steering = guest, outbox, identity, steering
-        self._ready = ready
+        self._ready, self._compress = ready, compress
         self._agent: Channel | None = None
         self._streams: dict[str, Channel] = {}
         self._control: Conversation | None = None
         self._control_bytes = 0
-        self._bulk: Worker | None = None
+        self._bulk: list[Worker] = []
         self._answerer: Worker | None = None
         self._inbox: list[Message] = []
-        self._done: list[Done] = []
+        self._done: dict[Worker, list[Done]] = {}
         self._ordered = 0
         self._barriers = self._passed = 0
         steering.listen(self._speakers)
@@ -133,33 +136,42 @@ class Line:
 
     def order(self, order: Send) -> None:
         """Have the bulk send."""
-        if self._bulk is None:
+        if not self._bulk:
             raise AssertionError("orders need a bulk sender")
         self._ordered += 1
-        self._bulk.tell(encode_order(order))
+        for worker in self._bulk:
+            worker.tell(encode_order(order))
 
     def say(self, message: Message) -> None:
-        """Put a message on the bulk stream, behind all that was ordered."""
-        if self._bulk is not None:
-            self._bulk.tell(encode_order(Say(messages.encode(message))))
+        """Put a message on each bulk stream, behind all that was ordered."""
+        for worker in self._bulk:
+            worker.tell(encode_order(Say(messages.encode(message))))
 
     def barrier(self) -> int:
-        """Put a barrier on the bulk stream; its number."""
+        """Put a barrier on the bulk streams; its number."""
         self._barriers += 1
         self.say(messages.Barrier(self._barriers))
         return self._barriers
 
     def await_sent(self, meanwhile: Callable[[], None] = lambda: None) -> Done:
-        """Wait until all orders are done, and do something else at each turn; the sum of what they did."""
+        """Wait until all orders are done, and do something else at each turn; the sum of what they did.
+
+        Of the time, what the slowest stream took.
+        """
 
         def ready() -> bool:
             meanwhile()
-            return len(self._done) >= self._ordered
+            return all(len(done) >= self._ordered for done in self._done.values())
 
         self._steering.until(ready, None)
-        done, self._done, self._ordered = self._done, [], 0
+        streams, self._ordered = list(self._done.values()), 0
+        self._done = {worker: [] for worker in self._bulk}
+        every = [one for done in streams for one in done]
         return Done(
-            sum(one.octets for one in done), sum(one.seconds for one in done), all(one.complete for one in done)
+            sum(one.octets for one in every),
+            sum(one.content for one in every),
+            max((sum(one.seconds for one in done) for done in streams), default=0.0),
+            all(one.complete for one in every),
         )
 
     def await_placed(self) -> None:
@@ -183,16 +195,19 @@ class Line:
             channel.close()
         if self._agent is not None:
             self._agent.close()
-        self._bulk = self._answerer = self._control = self._agent = None
-        self._streams = {}
-        self._inbox, self._done, self._ordered = [], [], 0
+        self._answerer = self._control = self._agent = None
+        self._bulk, self._streams = [], {}
+        self._inbox, self._done, self._ordered = [], {}, 0
         self._barriers = self._passed = 0
 
     def end_senders(self) -> None:
         """Send no more pages. Idempotent."""
-        for worker in (self._bulk, self._answerer):
-            if worker is not None:
-                worker.end()
+        for worker in self._workers:
+            worker.end()
+
+    @property
+    def _workers(self) -> list[Worker]:
+        return self._bulk + ([] if self._answerer is None else [self._answerer])
 
     def _speakers(self) -> Speakers:
         speakers: dict[int, Callable[[], None]] = {}
@@ -202,9 +217,8 @@ class Line:
             speakers[self._streams["control"].fileno()] = self._take_welcome
         elif self._agent is not None:
             speakers[self._agent.fileno()] = self._take_prepared
-        for worker in (self._bulk, self._answerer):
-            if worker is not None:
-                speakers[worker.fileno()] = lambda worker=worker: self._take_report(worker)  # type: ignore[misc]
+        for worker in self._workers:
+            speakers[worker.fileno()] = lambda worker=worker: self._take_report(worker)  # type: ignore[misc]
         return speakers
 
     def _take_prepared(self) -> None:
@@ -226,9 +240,12 @@ class Line:
             channel.send_message(messages.encode(hello))
             return channel
 
+        roles = messages.roles(len(messages.bulk_of(prepared.tokens)))
+        if set(roles) != set(prepared.tokens):
+            raise PeerError(f"{target.name} gave tokens for the streams {', '.join(sorted(prepared.tokens))}")
         # Its threads have ended before the workers are forked.
-        with ThreadPoolExecutor(len(messages.ROLES)) as pool:
-            opening = {role: pool.submit(open_one, role) for role in messages.ROLES}
+        with ThreadPoolExecutor(len(roles)) as pool:
+            opening = {role: pool.submit(open_one, role) for role in roles}
         failed = [error for one in opening.values() if (error := one.exception()) is not None]
         if not failed:
             return {role: one.result() for role, one in opening.items()}
@@ -242,7 +259,16 @@ class Line:
         self._answerer = Worker(
             "outboard-answer", lambda _: Answerer(guest, outbox, streams["urgent"]).serve(), urgent=True
         )
-        self._bulk = Worker("outboard-bulk", lambda link: BulkSender(guest, outbox, streams["bulk"], link).serve())
+        bulk, compress = messages.bulk_of(streams), self._compress
+
+        def send(link: socket.socket, number: int) -> None:
+            BulkSender(guest, outbox, bulk[number], link, compress, Share(number, len(bulk))).serve()
+
+        self._bulk = [
+            Worker("outboard-bulk", lambda link, number=number: send(link, number))  # type: ignore[misc]
+            for number in range(len(bulk))
+        ]
+        self._done = {worker: [] for worker in self._bulk}
         self._control = Conversation(streams["control"])
 
     def _take_frame(self) -> None:
@@ -266,5 +292,5 @@ class Line:
 
     def _take_report(self, worker: Worker) -> None:
         report = worker.hear(0)
-        if report is not None and worker is self._bulk:
-            self._done.append(decode_done.decode(report))
+        if report is not None and worker in self._done:
+            self._done[worker].append(decode_done.decode(report))

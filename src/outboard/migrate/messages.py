@@ -5,6 +5,7 @@ Each is a MESSAGE frame holding JSON with a ``type``; an unknown type or field e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -138,6 +139,8 @@ class Prepare(Message, frozen=True, tag="prepare"):
     spec: str
     layout: list[tuple[int, int, int]]
     running: bool
+    streams: int = 1
+    """For the bulk, at most MAX_STREAMS."""
 
 
 class Prepared(Message, frozen=True, tag="prepared"):
@@ -171,8 +174,25 @@ AnyMessage = (
     | Failed
 )
 
-ROLES = ("control", "bulk", "urgent")
-"""The streams of a migration. Only the urgent one must never wait behind another's data."""
+T = TypeVar("T")
+
+MAX_STREAMS = 8
+"""For the bulk."""
+_BULK = ("bulk", *(f"bulk-{number}" for number in range(2, MAX_STREAMS + 1)))
+
+
+def roles(streams: int) -> tuple[str, ...]:
+    """The streams of a migration, ``streams`` of them for the bulk, which come last and in order.
+
+    Only the urgent one must never wait behind another's data.
+    """
+    return ("control", "urgent", *_BULK[:streams])
+
+
+def bulk_of(streams: Mapping[str, T]) -> list[T]:
+    """Those for the bulk, in order, of a value for each role."""
+    return [streams[role] for role in _BULK if role in streams]
+
 
 FORGET, LIVE, HAVE, LARGE = 1, 2, 3, 4
 """Names of page sets in PAGESET frames."""

@@ -6,6 +6,8 @@ from enum import Enum
 
 import msgspec
 
+from outboard.migrate.codec import Compress
+
 
 class Method(Enum):
     """How a VM is moved; the value is the option's name on the command line."""
@@ -50,7 +52,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``max_downtime`` in seconds, ``max_bandwidth`` in bytes/s. ``verify`` holds the VM paused at the switch-over until
     every page has arrived and the digests of both ends agree. ``throttle`` lets the vCPUs that write be held back where
-    rounds would not end otherwise.
+    rounds would not end otherwise. ``compress`` says by which codec pages go, if by any, and ``streams`` on
+    how many connections; None: as :mod:`outboard.migrate.streams` says.
     """
 
     method: Method = Method.ENLIGHTENED
@@ -59,6 +62,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_bandwidth: int | None = None
     verify: bool = False
     throttle: bool = True
+    compress: Compress = Compress.AUTO
+    streams: int | None = None
 
     @property
     def throttles(self) -> bool:

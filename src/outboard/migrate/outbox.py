@@ -15,8 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs, shifted
 from outboard.pages.shared import claim, claim_one, shared_array
+from outboard.wire.codecs import CODERS
+
+STREAMS = 8
+"""How many senders there may be for the bulk."""
 
 NEVER = 255
 """The rank of a page that is not sent: the guest holds it free, or it has no memory."""
@@ -33,6 +38,49 @@ class Sent:
     urgent_bytes: int
     rate: int
     """The pace of the bulk in bytes/s; 0 is unpaced."""
+    content: Content
+
+    @property
+    def content_bytes(self) -> int:
+        """What the pages that have gone out hold, but those of zeros."""
+        return PAGE_SIZE * (self.data_pages + self.urgent_pages)
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """How the content of pages has gone out on the bulk.
+
+    :ivar packed_bytes: what it was on the wire. :ivar codec_ns: of processor time, spent to make it so.
+    :ivar same_pages: that went as references. :ivar changed_pages: that went as what has changed of them.
+    :ivar codec_pages: that went whole, by codec, in the order of wire.codecs.CODERS.
+    """
+
+    packed_bytes: int
+    codec_ns: int
+    same_pages: int
+    changed_pages: int
+    codec_pages: tuple[int, ...]
+
+
+class Share:
+    """The part of the guest's memory that one of several streams sends: every so-many-th stretch of 2 MiB, which a
+    large page never crosses.
+
+    Before the resume a page always goes on the same stream, and so never overtakes what was sent of it before.
+    """
+
+    def __init__(self, number: int = 0, of: int = 1) -> None:
+        self.number, self.of = number, of
+
+    def within(self, part: slice) -> NDArray[np.bool_] | None:
+        """Which of a stretch of pages belong to it; None: all of them."""
+        if self.of == 1:
+            return None
+        mine: NDArray[np.bool_] = np.arange(part.start, part.stop) // LARGE % self.of == self.number
+        return mine
+
+
+ALL = Share()
 
 
 class Outbox:
@@ -45,6 +93,7 @@ class Outbox:
     """
 
     _DATA, _ZERO, _URGENT, _BULK_BYTES, _URGENT_BYTES, _LIMIT, _HALT, _RATE = range(8)
+    _BUSY, _PACKED, _CODEC_NS, _SAME, _CHANGED, _CODECS = range(8, 14)
 
     def __init__(self, pages: int, *, unit: int = 1, digested: bool = False) -> None:
         self.pages = pages
@@ -53,18 +102,22 @@ class Outbox:
         self.rank: NDArray[np.uint8] = shared_array(pages, np.uint8)
         self.rank[:] = NEVER
         self.sent: NDArray[np.uint8] = shared_array(pages, np.uint8)
-        self._counters: NDArray[np.int64] = shared_array(8, np.int64)
+        # A row for each stream: adding to a number is no single instruction.
+        columns = self._CODECS + len(CODERS)
+        self._counters: NDArray[np.int64] = shared_array(STREAMS * columns, np.int64).reshape(STREAMS, columns)
 
-    def due(self, first: int, count: int, rank: int) -> Runs:
+    def due(self, first: int, count: int, rank: int, share: Share = ALL) -> Runs:
         """Runs of the pages in ``[first, first + count)`` whose turn ``rank`` is and that nobody has sent."""
         part = self._part(first, count)
         mask = (self._turns(part) == rank) & (self.sent[part] == 0)
-        return shifted(PageSet.from_mask(mask).runs(), part.start)
+        mine = share.within(part)
+        return shifted(PageSet.from_mask(mask if mine is None else mask & mine).runs(), part.start)
 
-    def ranks_due(self, first: int, count: int, upto: int) -> list[int]:
+    def ranks_due(self, first: int, count: int, upto: int, share: Share = ALL) -> list[int]:
         """Which ranks up to ``upto`` have pages due in ``[first, first + count)``, ascending."""
         part = self._part(first, count)
-        waiting = self._turns(part)[self.sent[part] == 0]
+        unsent, mine = self.sent[part] == 0, share.within(part)
+        waiting = self._turns(part)[unsent if mine is None else unsent & mine]
         return [int(rank) for rank in np.flatnonzero(np.bincount(waiting, minlength=256)[: upto + 1])]
 
     def _part(self, first: int, count: int) -> slice:
@@ -107,42 +160,69 @@ class Outbox:
         self.rank[mask] = rank
         self.sent[mask] = 0
 
-    def count_bulk(self, data: int, zero: int, octets: int) -> None:
+    def count_bulk(self, data: int, zero: int, octets: int, stream: int = 0) -> None:
         """Note what the bulk sent."""
-        self._counters[self._DATA] += data
-        self._counters[self._ZERO] += zero
-        self._counters[self._BULK_BYTES] += octets
+        self._counters[stream, self._DATA] += data
+        self._counters[stream, self._ZERO] += zero
+        self._counters[stream, self._BULK_BYTES] += octets
+
+    def count_packed(self, octets: int, coder: int, pages: int, ns: int, stream: int = 0) -> None:
+        """Note what the content of a batch has become, by which of CODERS, and the processor time that it took."""
+        self._counters[stream, self._PACKED] += octets
+        self._counters[stream, self._CODECS + coder] += pages
+        self._counters[stream, self._CODEC_NS] += ns
+
+    def count_told(self, same: int, changed: int, stream: int = 0) -> None:
+        """Note how many pages went as references, and as what has changed of them."""
+        self._counters[stream, self._SAME] += same
+        self._counters[stream, self._CHANGED] += changed
 
     def count_urgent(self, pages: int, octets: int) -> None:
         """Note what the answerer sent."""
-        self._counters[self._URGENT] += pages
-        self._counters[self._URGENT_BYTES] += octets
+        self._counters[0, self._URGENT] += pages
+        self._counters[0, self._URGENT_BYTES] += octets
 
-    def note_rate(self, rate: int) -> None:
-        """Note the bulk's present pace."""
-        self._counters[self._RATE] = rate
+    def note_rate(self, rate: int, stream: int = 0) -> None:
+        """Note a stream's present pace."""
+        self._counters[stream, self._RATE] = rate
+
+    def note_busy(self, stream: int, *, busy: bool) -> None:
+        """Note whether a stream has something to send."""
+        self._counters[stream, self._BUSY] = busy
+
+    @property
+    def limit_each(self) -> float | None:
+        """What each stream that has something to send may take of the limit."""
+        limit = self.limit
+        return None if limit is None else limit / max(1, int(self._counters[:, self._BUSY].sum()))
 
     @property
     def limit(self) -> int | None:
         """The user's bandwidth limit in bytes/s; it may change while the migration runs."""
-        return int(self._counters[self._LIMIT]) or None
+        return int(self._counters[0, self._LIMIT]) or None
 
     @limit.setter
     def limit(self, rate: int | None) -> None:
-        self._counters[self._LIMIT] = rate or 0
+        self._counters[0, self._LIMIT] = rate or 0
 
     @property
     def halted(self) -> bool:
         """Whether what the bulk sends for want of something better shall stop."""
-        return bool(self._counters[self._HALT])
+        return bool(self._counters[0, self._HALT])
 
     @halted.setter
     def halted(self, stop: bool) -> None:
-        self._counters[self._HALT] = stop
+        self._counters[0, self._HALT] = stop
 
     def statistics(self) -> Sent:
         """A frozen snapshot."""
-        c = self._counters.tolist()
+        c = self._counters.sum(axis=0).tolist()
         return Sent(
-            c[self._DATA], c[self._ZERO], c[self._URGENT], c[self._BULK_BYTES], c[self._URGENT_BYTES], c[self._RATE]
+            c[self._DATA],
+            c[self._ZERO],
+            c[self._URGENT],
+            c[self._BULK_BYTES],
+            c[self._URGENT_BYTES],
+            c[self._RATE],
+            Content(c[self._PACKED], c[self._CODEC_NS], c[self._SAME], c[self._CHANGED], tuple(c[self._CODECS :])),
         )

@@ -78,14 +78,15 @@ class Watch:
 
     def _progress(self, now: float) -> Progress:
         outbox = self.outbox
-        sent_bytes = remaining = total = 0
+        sent_bytes = content = remaining = total = 0
         if outbox is not None:
             sent = outbox.statistics()
-            sent_bytes = sent.bulk_bytes + sent.urgent_bytes
+            sent_bytes, content = sent.bulk_bytes + sent.urgent_bytes, sent.content_bytes
             due = outbox.rank != NEVER
             total = int(np.count_nonzero(due)) * PAGE_SIZE
             remaining = int(np.count_nonzero(due & (outbox.sent == 0))) * PAGE_SIZE
-        self._seen.append((now, sent_bytes))
+        # Of pages, not of what they are packed into: what remains and what the guest writes are pages.
+        self._seen.append((now, content))
         (then, before), (_, after) = self._seen[0], self._seen[-1]
         rate = (after - before) / (now - then) if now > then else 0.0
         if total:

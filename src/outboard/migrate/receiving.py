@@ -8,6 +8,7 @@ import numpy as np
 
 from outboard.errors import PeerError
 from outboard.migrate.messages import AllSent, Barrier, decode
+from outboard.migrate.unpacking import Unpacker
 from outboard.pager.arriving import ArrivingMemory
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind, Pages
@@ -25,6 +26,7 @@ class BulkReceiver:
         self._channel = channel
         self._faults = faults
         self._link = link
+        self._unpacker = Unpacker(memory)
         channel.take_over()
 
     def serve(self) -> None:
@@ -37,6 +39,9 @@ class BulkReceiver:
             frame = self._channel.receive()
             if frame.kind is Kind.PAGES:
                 self._place(self._channel.pages(frame))
+                continue
+            if frame.kind is Kind.PACKED:
+                self._place(self._unpacker.pages(self._channel.packed(frame)))
                 continue
             if frame.kind is not Kind.MESSAGE:
                 raise PeerError(f"a {frame.kind.name} frame on the bulk stream")

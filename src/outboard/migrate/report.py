@@ -101,6 +101,20 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     throttle: list[Slowed] = []
     throttle_gain: float = 1.0
     """How much more the guest wrote when held back than the model said; the next migration of the VM begins with it."""
+    streams: int = 1
+    """For the bulk."""
+    content_bytes: int = 0
+    """What the pages that the bulk sent held, those of zeros nothing."""
+    packed_bytes: int = 0
+    """What that was on the wire."""
+    reference_pages: int = 0
+    """That went as a reference to one with the same content."""
+    changed_pages: int = 0
+    """That were sent again as what had changed of them."""
+    codecs: dict[str, int] = {}
+    """Pages that went whole, by codec."""
+    codec_s: float = 0.0
+    """Processor time of the source that went into packing, and into finding out whether it pays."""
 
 
 def is_progress(report: bytes) -> bool:

@@ -89,7 +89,7 @@ class Rounds:
 
         :raise OutboardError: the peer or the guest is gone, or it was cancelled.
         """
-        last = Done(0, 0.0, True)
+        last = Done(0, 0, 0.0, True)
         while True:
             done = self._round()
             before, left = self._due_pages, len(self._written)
@@ -97,8 +97,8 @@ class Rounds:
             self.done.append(Round(sent_pages=before, seconds=done.seconds, dirty_pages=left, share=share))
             self.dirty_rate = left * PAGE_SIZE / done.seconds if done.seconds else None
             # Over two rounds: the last ones are too short to tell.
-            octets, seconds = done.octets + last.octets, done.seconds + last.seconds
-            rate, last = octets / PAGE_SIZE / seconds if seconds else 0.0, done
+            content, seconds = done.content + last.content, done.seconds + last.seconds
+            rate, last = content / PAGE_SIZE / seconds if seconds else 0.0, done
             goal = rate * max(0.0, self._options.max_downtime - _DEVICES_S)
             if left <= goal:
                 return

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.linux import tcp
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.codec import Compress
+from outboard.migrate.outbox import ALL, NEVER, Outbox, Share
+from outboard.migrate.packing import Packer
 from outboard.migrate.refining import note_digests
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
@@ -32,13 +34,15 @@ _BATCH = 64
 _PACE_NS = 5_000_000
 _SEND_BUFFER = 256 * 1024
 """Bytes the kernel may hold of the bulk: what is in there is ahead of whatever we decide next."""
+_STARVED = 32 * 1024
 
 
 class Send(msgspec.Struct, frozen=True, tag="send"):
     """Send what is due in ``[first, first + count)`` up to rank ``upto``; stop after ``seconds`` if given.
 
     ``paced``: keep the link's queue empty; otherwise as fast as the link goes. ``idle``: only to use the link while
-    there is nothing better to send; it stops as soon as the outbox says ``halted``.
+    there is nothing better to send; it stops as soon as the outbox says ``halted``. ``changes``: what was sent before
+    is what the destination's memory holds, so that what has changed of it will do.
     """
 
     first: int
@@ -47,6 +51,7 @@ class Send(msgspec.Struct, frozen=True, tag="send"):
     paced: bool
     seconds: float | None = None
     idle: bool = False
+    changes: bool = False
 
 
 class Say(msgspec.Struct, frozen=True, tag="say"):
@@ -56,9 +61,13 @@ class Say(msgspec.Struct, frozen=True, tag="say"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """A Send has ended: what it sent and how long it took; ``complete`` is whether nothing was left over."""
+    """A Send has ended: what it sent and how long it took; ``complete`` is whether nothing was left over.
+
+    ``octets`` on the wire, ``content`` what the pages held, those of zeros nothing.
+    """
 
     octets: int
+    content: int
     seconds: float
     complete: bool
 
@@ -103,13 +112,26 @@ def _cut(runs: Runs, unit: int) -> Iterator[list[int]]:
 
 
 class BulkSender:
-    """Walks the outbox."""
+    """Walks the outbox, on one stream.
 
-    def __init__(self, guest: Guest, outbox: Outbox, channel: Channel, link: socket.socket) -> None:
+    :param share: what this one sends of it.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        outbox: Outbox,
+        channel: Channel,
+        link: socket.socket,
+        compress: Compress = Compress.NONE,
+        share: Share = ALL,
+    ) -> None:
         self._guest = guest
         self._outbox = outbox
         self._channel = channel
         self._link = link
+        self._share = share
+        self._packer = Packer(outbox, channel, compress, share)
         self._read: NDArray[np.uint8] = np.empty(max(_BATCH, outbox.unit) * PAGE_SIZE, dtype=np.uint8)
         self._estimate = LinkEstimate(time.monotonic)
         self._paced_at = 0
@@ -128,19 +150,25 @@ class BulkSender:
 
     def _send(self, order: Send) -> Done:
         began = time.monotonic()
-        before = self._outbox.statistics().bulk_bytes
+        octets, content = self._packer.octets, self._packer.content_bytes
         self._paced = order.paced
+        self._outbox.note_busy(self._share.number, busy=True)
         self._pace(time.monotonic_ns(), busy=False)
-        complete = self._walk(order, began)
+        complete = self._walk(order, began, self._share)
+        if complete and self._share.of > 1 and not order.changes:
+            # Whatever arrives second is dropped by now: help the others.
+            complete = self._walk(order, began, ALL)
+        self._outbox.note_busy(self._share.number, busy=False)
         now = time.monotonic()
-        return Done(self._outbox.statistics().bulk_bytes - before, now - began, complete)
+        return Done(self._packer.octets - octets, self._packer.content_bytes - content, now - began, complete)
 
-    def _walk(self, order: Send, began: float) -> bool:
+    def _walk(self, order: Send, began: float, share: Share) -> bool:
         if order.idle and self._outbox.halted:
             return False
-        for rank in self._outbox.ranks_due(order.first, order.count, order.upto):
-            for batch in batches(self._outbox.due(order.first, order.count, rank), self._outbox.unit):
-                self._send_batch(batch)
+        for rank in self._outbox.ranks_due(order.first, order.count, order.upto, share):
+            due = self._outbox.due(order.first, order.count, rank, share)
+            for batch in batches(due, self._outbox.unit):
+                self._send_batch(batch, changes=order.changes)
                 now = time.monotonic_ns()
                 if now - self._paced_at > _PACE_NS:
                     self._pace(now)
@@ -150,7 +178,7 @@ class BulkSender:
                     return False
         return True
 
-    def _send_batch(self, batch: list[tuple[int, int]]) -> None:
+    def _send_batch(self, batch: list[tuple[int, int]], *, changes: bool) -> None:
         claimed = list(self._claim(batch))
         if not claimed:
             return
@@ -166,11 +194,7 @@ class BulkSender:
             zero |= np.concatenate([self._outbox.rank[first : first + count] == NEVER for first, count in claimed])
         if self._outbox.digests is not None:
             note_digests(self._outbox.digests, claimed, content, zero)
-        if zero.any():
-            content = content.reshape(-1, PAGE_SIZE)[~zero].reshape(-1)
-        sent = self._channel.send_pages(claimed, zero, content.data)
-        zeros = int(np.count_nonzero(zero))
-        self._outbox.count_bulk(zero.size - zeros, zeros, sent)
+        self._packer.send(claimed, content, zero, changes=changes)
 
     def _claim(self, batch: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         for first, count in batch:
@@ -184,11 +208,16 @@ class BulkSender:
     def _pace(self, now: int, *, busy: bool = True) -> None:
         self._paced_at = now
         info = tcp.tcp_info(self._channel.socket)
-        self._estimate.sample(info.acknowledged_bytes, info.rtt_us, info.min_rtt_us, busy=busy)
-        rates = [rate for rate in (self._outbox.limit, self._estimate.rate if self._paced else None) if rate]
+        limit = self._outbox.limit_each
+        # Where the kernel has had all of it before the next batch is packed, it is not the link that is seen.
+        busy = busy and (info.queued_bytes >= _STARVED or not self._packer.choice.packing)
+        self._estimate.sample(info.acknowledged_bytes, info.rtt_us, info.min_rtt_us, busy=busy, limit=limit)
+        wire = [rate for rate in (limit, self._estimate.carried) if rate]
+        self._packer.choice.note_wire(min(wire, default=None))
+        rates = [rate for rate in (limit, self._estimate.rate if self._paced else None) if rate]
         rate = min(rates, default=None)
         tcp.set_pacing_rate(self._channel.socket, rate)
-        self._outbox.note_rate(int(rate or 0))
+        self._outbox.note_rate(int(rate or 0), self._share.number)
 
 
 class Answerer:

@@ -32,6 +32,7 @@ from outboard.migrate.sending import Done, Send
 from outboard.migrate.stale import Stale
 from outboard.migrate.states import Event, Machine, State, Where
 from outboard.migrate.steering import STEP_S, Speakers, Steering
+from outboard.migrate.streams import suggested
 from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.trace.writes import open_write_trace, traces_pages
@@ -78,6 +79,7 @@ class Outgoing:
         self.machine = Machine()
         self.findings = Findings()
         self.copied: Rounds | None = None
+        self.streams = 1
         self._large = large_mappings(guest)
         unit = max(region.page_size for region in guest.regions) // PAGE_SIZE
         self.outbox = Outbox(guest.pages, unit=unit, digested=bool(self._large) or not traces_pages())
@@ -94,7 +96,9 @@ class Outgoing:
         self._cleanup = contextlib.ExitStack()
         self._steering = Steering(self.machine, self.watch, desk, self.outbox, destination.name)
         self._steering.listen(self._speakers)
-        self.line = Line(migration, guest, self.outbox, destination, identity, self._steering, self._ready)
+        self.line = Line(
+            migration, guest, self.outbox, destination, identity, self._steering, self._ready, options.compress
+        )
         self._cleanup.callback(self.line.hang_up)
         self._hints = Hints(guest, self.outbox, options, self._steering, self.findings, self._classed)
         self._cleanup.callback(self._hints.close)
@@ -206,9 +210,15 @@ class Outgoing:
         self._watch_vmm()
         guest = self.guest
         layout = [(region.first, region.pages, region.gpa) for region in guest.regions]
+        self.streams = self.options.streams or suggested(self.options, self.destination.address)
         self.line.request(
             messages.Prepare(
-                migration=self.migration, vm=guest.name, spec=self._spec, layout=layout, running=self._running
+                migration=self.migration,
+                vm=guest.name,
+                spec=self._spec,
+                layout=layout,
+                running=self._running,
+                streams=self.streams,
             )
         )
         if self._wants_trace:
@@ -245,8 +255,8 @@ class Outgoing:
         """Order what has been classed so far, as soon as there is somebody to send it to."""
         if self.options.method is Method.ENLIGHTENED:
             for first, count in self._early:
-                self.line.order(Send(first, count, ranking.EARLY_UPTO, paced=True, seconds=EARLY_SECONDS))
-                self.line.order(Send(first, count, ranking.QUIET_UPTO, paced=True, idle=True))
+                self.line.order(Send(first, count, ranking.EARLY_UPTO, paced=True, seconds=EARLY_SECONDS, changes=True))
+                self.line.order(Send(first, count, ranking.QUIET_UPTO, paced=True, idle=True, changes=True))
         self._early.clear()
 
     def _copy(self) -> None:
@@ -262,7 +272,7 @@ class Outgoing:
             raise AssertionError("rounds need a trace")
 
         def send(meanwhile: Callable[[], None]) -> Done:
-            self.line.order(Send(0, self.outbox.pages, ranking.LAST, paced=False))
+            self.line.order(Send(0, self.outbox.pages, ranking.LAST, paced=False, changes=True))
             return self.line.await_sent(meanwhile)
 
         elapsed, gain = lambda: self.watch.elapsed, self._throttle_gain

@@ -46,7 +46,7 @@ class Stale:
         stale = self._found()
         self._outbox.again(stale, ranking.STALE_NOW)
         self._findings.resent_pages += len(stale)
-        self._line.order(Send(0, self._outbox.pages, ranking.STALE_NOW, paced=False))
+        self._line.order(Send(0, self._outbox.pages, ranking.STALE_NOW, paced=False, changes=True))
         self._line.await_sent()
 
     def settle(self) -> None:
@@ -73,7 +73,7 @@ class Stale:
             now -= self._forget(later)
         if now:
             outbox.again(now, ranking.STALE_NOW)
-            line.order(Send(0, outbox.pages, upto, paced=False))
+            line.order(Send(0, outbox.pages, upto, paced=False, changes=True))
         line.control.send(messages.Final(line.barrier()))
 
     def forget_late(self) -> None:

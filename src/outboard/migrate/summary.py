@@ -8,6 +8,8 @@ from outboard.errors import OutboardError
 from outboard.migrate.outbox import NEVER
 from outboard.migrate.report import Summary
 from outboard.migrate.source import Outgoing
+from outboard.pages import PAGE_SIZE
+from outboard.wire.codecs import CODERS
 
 _NO_ERROR = 0
 
@@ -59,4 +61,11 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         bulk_rate=found.bulk_rate,
         verified=found.verified,
         exit_code=_NO_ERROR if error is None else error.exit_code,
+        streams=outgoing.streams,
+        content_bytes=sent.data_pages * PAGE_SIZE,
+        packed_bytes=sent.content.packed_bytes,
+        reference_pages=sent.content.same_pages,
+        changed_pages=sent.content.changed_pages,
+        codecs={coder.name: pages for coder, pages in zip(CODERS, sent.content.codec_pages, strict=True) if pages},
+        codec_s=sent.content.codec_ns / 1e9,
     )

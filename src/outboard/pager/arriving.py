@@ -144,6 +144,13 @@ class ArrivingMemory:
         for region in self.guest.regions:
             self.uffd.wake(region.hva, region.pages * PAGE_SIZE)
 
+    def held(self, page: int, into: memoryview) -> bool:
+        """Read a page that was placed and that nobody has written since; False: it is absent, or the guest may run."""
+        if self.running or self.residency.where[page] != Where.RESIDENT:
+            return False
+        self.guest.memory.read_into(page, into)
+        return True
+
     def forget(self, pages: PageSet) -> None:
         """Make pages absent again, before the guest runs: their content has changed at the peer."""
         if self.running:

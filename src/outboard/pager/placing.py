@@ -21,9 +21,10 @@ _PUNCH = fallocate.FALLOC_FL_PUNCH_HOLE | fallocate.FALLOC_FL_KEEP_SIZE
 _RESIDENT, _ZERO = int(Where.RESIDENT), int(Where.ZERO)
 
 _ROWS, _I8, _U1, _FLAGS = types.int64[:, ::1], types.int64[::1], types.uint8[::1], types.boolean[::1]
+_CONTENT = types.Array(types.uint8, 1, "C", readonly=True)
 
 
-@njit(types.int64(types.int32, _ROWS, _U1, _U1, types.boolean, _ROWS, _FLAGS, _U1, _I8), cache=True, nogil=True)
+@njit(types.int64(types.int32, _ROWS, _U1, _U1, types.boolean, _ROWS, _FLAGS, _CONTENT, _I8), cache=True, nogil=True)
 def place(
     uffd: int,
     regions: NDArray[np.int64],

@@ -9,6 +9,7 @@ import ssl
 import struct
 import threading
 import time
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 from outboard.errors import NotAuthorisedError, UnreachableError
 from outboard.linux import tcp
 from outboard.wire import frames
+from outboard.wire.codecs import Octets
 from outboard.wire.frames import Decoder, Frame, Kind, Pages, PageSetPart
+from outboard.wire.packed import Packed, decode_packed
 
 _RECORD = 16384
 """The most that one TLS record holds."""
@@ -146,6 +149,14 @@ class Channel:
         self._send(data)
         return len(head) + len(data)
 
+    def send_pieces(self, pieces: Iterable[Octets]) -> int:
+        """Send the pieces of one frame; how many bytes they were."""
+        sent = 0
+        for piece in pieces:
+            self._send(piece)
+            sent += len(piece)
+        return sent
+
     def pending(self) -> bool:
         """Whether a frame has been received already, or part of one by the TLS engine: poll(2) would not tell."""
         return self._decoder.missing() <= 0 or bool(self._tls is not None and self._tls.pending())
@@ -217,6 +228,10 @@ class Channel:
         :raise PeerError: it does not add up, or names pages that the guest does not have.
         """
         return frames.decode_pages(frame.payload, self.limit)
+
+    def packed(self, frame: Frame) -> Packed:
+        """Read a PACKED frame; errors as :meth:`pages`, and content that cannot be unpacked."""
+        return decode_packed(frame.payload, self.limit)
 
     def requested(self, frame: Frame) -> tuple[int, ...]:
         """Read a REQUEST frame; errors as :meth:`pages`."""

@@ -12,6 +12,7 @@ PAGES     runs u32, pages u32, then for each run its first page u64 and count u6
 REQUEST   page numbers u64, at most MAX_REQUEST
 PAGESET   name u32, u32 = 0, first page u64 (a multiple of 8), then a bit a page
 STREAM    raw bytes; none end the stream
+PACKED    pages in fewer bytes; see :mod:`outboard.wire.packed`
 
 Whatever a peer sends is checked before it is used: lengths against the caps, page numbers against the guest's size.
 """
@@ -52,6 +53,7 @@ class Kind(IntEnum):
     REQUEST = 3
     PAGESET = 4
     STREAM = 5
+    PACKED = 6
 
 
 _KINDS = {int(kind): kind for kind in Kind}
@@ -117,8 +119,7 @@ def pages_head(runs: list[tuple[int, int]], zero: NDArray[np.bool_]) -> bytes:
     :param runs: (first, count) each; :param zero: one bool a page of theirs.
     """
     bits = np.packbits(zero, bitorder="little")
-    words = struct.pack(f"<{2 * len(runs)}Q", *(word for run in runs for word in run))
-    body = _PAGES.pack(len(runs), zero.size) + words + bits.tobytes()
+    body = _PAGES.pack(len(runs), zero.size) + encode_runs(runs) + bits.tobytes()
     data = (zero.size - int(np.count_nonzero(zero))) * PAGE
     return header(Kind.PAGES, len(body) + data) + body
 
@@ -129,30 +130,46 @@ def decode_pages(payload: memoryview, limit: int) -> Pages:
     :param limit: how many pages the guest has.
     :raise PeerError: counts that do not add up, or a page outside ``[0, limit)``.
     """
-    if len(payload) < _PAGES.size:
-        raise PeerError("a PAGES frame ends before its counts")
-    run_count, page_count = _PAGES.unpack_from(payload)
-    if not 0 < run_count <= page_count <= MAX_PAGES:
-        raise PeerError(
-            f"a PAGES frame announces {page_count} pages in {run_count} runs; {MAX_PAGES} pages is the most"
-        )
-    bits_at = _PAGES.size + 16 * run_count
+    runs, page_count, bits_at = decode_runs(payload, _PAGES.size, limit)
     data_at = bits_at + (page_count + 7) // 8
     if len(payload) < data_at:
-        raise PeerError("a PAGES frame ends before its runs")
-    words = struct.unpack_from(f"<{2 * run_count}Q", payload, _PAGES.size)
-    counts = words[1::2]
-    if sum(counts) != page_count or 0 in counts:
-        raise PeerError("the runs of a PAGES frame do not add up to its pages")
-    if any(first + count > limit for first, count in zip(words[::2], counts, strict=True)):
-        raise PeerError(f"a PAGES frame names a page beyond the guest's {limit}")
+        raise PeerError("a PAGES frame ends before its pages")
     raw = np.frombuffer(payload, dtype=np.uint8, count=data_at - bits_at, offset=bits_at)
     zero = np.unpackbits(raw, count=page_count, bitorder="little").view(np.bool_)
     data = payload[data_at:]
     full = page_count - int(np.count_nonzero(zero))
     if len(data) != full * PAGE:
         raise PeerError(f"a PAGES frame carries {len(data)} bytes for {full} pages")
-    return Pages(list(zip(words[::2], counts, strict=True)), zero, data)
+    return Pages(runs, zero, data)
+
+
+def encode_runs(runs: list[tuple[int, int]]) -> bytes:
+    """Runs as they stand in a payload."""
+    return struct.pack(f"<{2 * len(runs)}Q", *(word for run in runs for word in run))
+
+
+def decode_runs(payload: memoryview, head: int, limit: int) -> tuple[list[tuple[int, int]], int, int]:
+    """Read the counts that a payload begins with, and the runs that follow the ``head`` bytes of its head.
+
+    :return: the runs as (first, count), their pages, and where in the payload they end.
+    :raise PeerError: counts that do not add up, or a page outside ``[0, limit)``.
+    """
+    if len(payload) < head:
+        raise PeerError("a frame of pages ends before its counts")
+    run_count, page_count = _PAGES.unpack_from(payload)
+    if not 0 < run_count <= page_count <= MAX_PAGES:
+        raise PeerError(f"a frame announces {page_count} pages in {run_count} runs; {MAX_PAGES} pages is the most")
+    end = head + 16 * run_count
+    if len(payload) < end:
+        raise PeerError("a frame of pages ends before its runs")
+    words = struct.unpack_from(f"<{2 * run_count}Q", payload, head)
+    counts = words[1::2]
+    if sum(counts) != page_count or 0 in counts:
+        raise PeerError("the runs of a frame do not add up to its pages")
+    runs = list(zip(words[::2], counts, strict=True))
+    if any(first + count > limit for first, count in runs):
+        raise PeerError(f"a frame names a page beyond the guest's {limit}")
+    return runs, page_count, end
 
 
 def decode_request(payload: memoryview, limit: int) -> tuple[int, ...]:

@@ -15,7 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-_WINDOW_S = 0.04
+_WINDOW_S, _WINDOW_BYTES, _WINDOW_MOST_S = 0.04, 1 << 20, 1.0
+"""A window is at least so long and carries at least so much, for segments are up to 64 KiB; but it ends."""
+_LIMITED = 0.8
+_FLOOR = 125_000.0
+"""Bytes/s: no link that anybody migrates over is slower than a megabit, whatever a window may have shown."""
 _BELOW = 0.95
 _CREEP = 1.003
 _YIELD = 0.99
@@ -42,21 +46,26 @@ class LinkEstimate:
         self._aim: float | None = None
         self._flat = self._short = self._long = 0
 
-    def sample(self, acknowledged: int, rtt_us: int, min_rtt_us: int, *, busy: bool) -> None:
+    def sample(
+        self, acknowledged: int, rtt_us: int, min_rtt_us: int, *, busy: bool, limit: float | None = None
+    ) -> None:
         """Take in what the kernel says of the connection.
 
         :param acknowledged: bytes acknowledged since it was opened.
         :param busy: whether there was something to send all the while; a window with a pause in it tells nothing.
+        :param limit: bytes/s that the user allows; a window that carried about that tells nothing either.
         """
         now = self._clock()
         if self._then is None or not busy:
             self._then = (now, acknowledged)
             return
         then, before = self._then
-        if now - then < _WINDOW_S:
+        if now - then < (_WINDOW_S if acknowledged - before >= _WINDOW_BYTES else _WINDOW_MOST_S):
             return
         self._then = (now, acknowledged)
-        self._learn((acknowledged - before) / (now - then), rtt_us - min_rtt_us)
+        goodput = (acknowledged - before) / (now - then)
+        if limit is None or goodput < _LIMITED * limit:
+            self._learn(goodput, rtt_us - min_rtt_us)
 
     def _learn(self, goodput: float, waited_us: int) -> None:
         if self._aim is None:
@@ -69,12 +78,17 @@ class LinkEstimate:
         self._long = self._long + 1 if waited_us > _LONG_US else 0
         self._carried = max(self._carried, goodput)
         if self._long >= _IN_A_ROW and goodput < _LEAST * _BELOW * self._aim:
-            self._aim = self._carried = goodput
+            self._aim = self._carried = max(goodput, _FLOOR)
             self._long = 0
         elif self._short >= _IN_A_ROW:
             self._aim *= _CREEP
         elif waited_us >= _SHORT_US:
             self._aim = max(self._aim * _YIELD, _LEAST * self._carried)
+
+    @property
+    def carried(self) -> float | None:
+        """Bytes/s that the link has been seen to carry; None while it is being measured."""
+        return None if self._aim is None else self._carried
 
     @property
     def rate(self) -> float | None:
