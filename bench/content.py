@@ -115,7 +115,7 @@ def guest_with(hosts: Hosts, image: Image, file: Path) -> Iterator[Job]:
     """A guest on host A whose memory holds a file, at work."""
     bed = hosts.bed
     spec = bed.directory / "web.toml"
-    spec.write_text(EVICTED.spec(image.kernel, image.initrd, "1GiB"))
+    spec.write_text(EVICTED.spec(image.kernel, image.initrd, "1GiB", "4KiB"))
     hosts.outboard(bed.a, "run", str(spec))
     wait_for_port(bed.client, EVICTED.address, JOB_PORT, BOOT_S)
     with closing(hosts.monitor(bed.a, EVICTED)) as monitor:

@@ -56,7 +56,7 @@ def play(arm: Arm, image: Image) -> Outcome:
         try:
             arm.prepare(hosts)
             spec = bed.directory / "web.toml"
-            spec.write_text(EVICTED.spec(image.kernel, image.initrd, "2GiB"))
+            spec.write_text(EVICTED.spec(image.kernel, image.initrd, "2GiB", "4KiB"))
             hosts.outboard(bed.a, "run", str(spec))
             wait_for_port(bed.client, EVICTED.address, JOB_PORT, BOOT_S)
             with closing(hosts.monitor(bed.a, EVICTED)) as monitor:

@@ -13,7 +13,8 @@ before only where it is better by 5 %. Not packing is one of them, with ratio 1 
 The speed is by the clock: a processor that others want too packs more slowly. Ratios and speeds come from probes: eight
 pages of a batch are packed by every codec, as often as that takes no more than a fiftieth of the time, and ten times
 less often where no ratio whatever could pay. Each batch that is packed tells more; one that comes out no smaller than
-0.97 of itself goes as it is. Until the wire's rate is known nothing is packed: packing would hide it.
+0.97 of itself goes as it is. Until the wire's rate is known nothing is packed: packing would hide it. While packing
+takes longer than the wire, the wire's rate stays as it was last seen.
 """
 
 from __future__ import annotations
