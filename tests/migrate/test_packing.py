@@ -46,6 +46,7 @@ class Stream:
 
     def send(self, runs: list[tuple[int, int]], pages: NDArray[np.uint8], *, changes: bool = False) -> None:
         """Send, receive and place."""
+        self.packer.begin()
         self.packer.send(runs, pages.reshape(-1), (pages == 0).all(axis=1), changes=changes)
         frame = self.far.receive(5)
         self.kinds.append(frame.kind)

@@ -1,25 +1,27 @@
 """Which codec the bulk uses, by what it gains on this guest's pages over this link.
 
-A batch costs the wire its packed bytes, and the processor the packing and the sending (TLS, copies); while the kernel
-sends one batch the next is packed, so that the longer of the two counts. For each codec, per byte of content:
+A batch costs the wire its packed bytes, and the processor the reading, the packing and the sending (TLS, copies);
+while the kernel sends one batch the next is packed, so that the longer of the two counts. For each codec, per byte of
+content:
 
-    time = max(ratio / wire, 1 / speed + ratio * sending)
+    time = max(ratio / wire, (reading + packing + ratio * sending) / share)
 
-with the ratio of packed to unpacked bytes and the speed of packing as they were last seen on this guest's pages, the
-wire's rate as the pace of the bulk knows it or the user limits it, and the processor's time to send a byte. The codec
-of the least time is taken; among those within 3 % of it the one that takes the least of the processor, and another than
-before only where it is better by 5 %. Not packing is one of them, with ratio 1 and no time.
+with the ratio of packed to unpacked bytes and the processor's time to read, pack and send a byte as they were last seen
+on this guest's pages, the wire's rate as the pace of the bulk knows it or the user limits it, and the share of a
+processor that this process gets while it works: others may want it too. The codec of the least time is taken; among
+those within 3 % of it the one that takes the least of the processor, and another than before only where it is better by
+5 %. Not packing is one of them, with ratio 1 and no time.
 
-The speed is by the clock: a processor that others want too packs more slowly. Ratios and speeds come from probes: eight
-pages of a batch are packed by every codec, as often as that takes no more than a fiftieth of the time, and ten times
-less often where no ratio whatever could pay. Each batch that is packed tells more; one that comes out no smaller than
-0.97 of itself goes as it is. Until the wire's rate is known nothing is packed: packing would hide it. While packing
-takes longer than the wire, the wire's rate stays as it was last seen.
+Ratios and speeds come from probes: eight pages of a batch are packed by every codec, the cheaper ones alone where they
+gain nothing, as often as that takes no more than a hundredth of the time, and up to eight times less often for as long
+as it is best not to pack. Each batch that is packed tells more; one that comes out no smaller than 0.97 of itself goes
+as it is. Until the wire's rate is known nothing is packed: packing would hide it. While packing takes longer than the
+wire, the wire's rate stays as it was last seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import Enum
 
 import numpy as np
@@ -32,15 +34,16 @@ SMALLER = 0.97
 """A batch that is not smaller than this share of itself goes as it is."""
 _SAMPLE = 8
 """Pages to probe: fewer would be unfair to Zstandard, which begins slowly."""
-_PROBES = 50
+_PROBES = 100
 """One part in so many of the time goes to probes."""
-_SELDOM = 10
-_SPIKE = 2.0
+_SELDOM = 8
 _ALIKE, _BETTER = 1.03, 0.95
 _NEW_PROBE, _NEW_BATCH = 0.5, 0.125
 """How much of an estimate comes from the newest probe, or batch."""
-_SENDING_NS = 0.5
-"""What sending a byte is taken to cost until it has been seen."""
+_SENDING_NS, _READING_NS = 0.5, 0.3
+"""What sending and reading a byte are taken to cost until it has been seen."""
+_REMEMBER = 1 - 1 / 128
+"""What of the share's sums stays with each batch: a turn of the scheduler's may be many batches long."""
 _TELLING = 64 * 1024
 """Bytes: of fewer a call costs more than they do."""
 _WIRE_BOUND = 2.0
@@ -56,7 +59,7 @@ class Compress(Enum):
 
 
 class _Estimate:
-    """Of one codec: the ratio, and nanoseconds for each byte of content."""
+    """Of one codec: the ratio, and the processor's nanoseconds for each byte of content."""
 
     def __init__(self) -> None:
         self.known = False
@@ -64,9 +67,6 @@ class _Estimate:
 
     def note(self, ratio: float, ns: float, weight: float) -> None:
         weight = weight if self.known else 1.0
-        if self.known:
-            # The processor may have been somebody else's for a while; if it stays so, the next ones will tell.
-            ns = min(ns, _SPIKE * self.ns)
         self.ratio += weight * (ratio - self.ratio)
         self.ns += weight * (ns - self.ns)
         self.known = True
@@ -90,8 +90,9 @@ class Choice:
         self._estimates[NONE].known = True
         self._now = self._fixed or NONE
         self._wire: float | None = None
-        self._sending = _SENDING_NS
-        self._probe_at = 0
+        self._sending, self._reading = _SENDING_NS, _READING_NS
+        self._used, self._took = 1.0, 1.0
+        self._probe_at, self._wait = 0, 1
         self.spent_ns = 0
 
     def note_wire(self, rate: float | None) -> None:
@@ -103,12 +104,27 @@ class Choice:
         if octets >= _TELLING:
             self._sending += _NEW_BATCH * (ns / octets - self._sending)
 
+    def note_work(self, octets: int, took_ns: int, used_ns: int, packing_ns: int) -> None:
+        """A batch of so much content was read and packed.
+
+        :param took_ns: by the clock; :param used_ns: of the processor; :param packing_ns: of these, to pack.
+        """
+        self._used = _REMEMBER * self._used + used_ns
+        self._took = _REMEMBER * self._took + max(took_ns, used_ns)
+        if octets >= _TELLING:
+            self._reading += _NEW_BATCH * ((used_ns - packing_ns) / octets - self._reading)
+
+    @property
+    def share(self) -> float:
+        """How much of a processor this process gets when it has something to do."""
+        return self._used / self._took
+
     @property
     def saving_pays(self) -> bool:
         """Whether bytes on the wire are worth some of the processor: it waits for the wire most of its time."""
         if self._fixed is not None:
             return self.enabled
-        return self._wire is not None and 1e9 / self._wire > _WIRE_BOUND * self._sending
+        return self._wire is not None and 1e9 / self._wire > _WIRE_BOUND * self._time(NONE, wire=0.0)
 
     @property
     def saving_may_pay(self) -> bool:
@@ -146,34 +162,37 @@ class Choice:
             self._probe(content)
         if self._wire is None:
             return NONE
-        times = {coder: self._time(coder) for coder in CODERS if self._estimates[coder].known}
+        times = {coder: self._time(coder, 1e9 / self._wire) for coder in CODERS if self._estimates[coder].known}
         best = min(times.values())
         coder = next(coder for coder, time in times.items() if time <= _ALIKE * best)
         if times[coder] < _BETTER * times[self._now]:
             self._now = coder
         return self._now
 
-    def _time(self, coder: Coder) -> float:
-        """Nanoseconds for each byte of content."""
+    def _time(self, coder: Coder, wire: float) -> float:
+        """Nanoseconds for each byte of content; ``wire``: what a byte takes there."""
         seen = self._estimates[coder]
-        wire = 0.0 if self._wire is None else 1e9 / self._wire
-        return max(seen.ratio * wire, seen.ns + seen.ratio * self._sending)
+        return max(seen.ratio * wire, (self._reading + seen.ns + seen.ratio * self._sending) / self.share)
 
     def _probe(self, content: NDArray[np.uint8]) -> None:
         before = self.spent_ns
         pages = content.reshape(-1, PAGE_SIZE)
         sample = pages[_spread(len(pages))].reshape(-1)
-        for coder in _packers():
-            self._timed(coder, sample, _NEW_PROBE)
-        fastest = min(self._estimates[coder].ns for coder in _packers())
-        hopeless = self._wire is not None and fastest >= self._time(NONE)
-        self._probe_at = self._clock() + (self.spent_ns - before) * _PROBES * (_SELDOM if hopeless else 1)
+        for index, coder in enumerate(CODERS[1:]):
+            packed = self._timed(coder, sample, _NEW_PROBE)
+            if index and len(packed) >= SMALLER * sample.size:
+                # The others try harder, and would find as little.
+                for other in CODERS[index + 2 :]:
+                    self._estimates[other].note(1.0, self._estimates[coder].ns, _NEW_PROBE)
+                break
+        self._wait = min(2 * self._wait, _SELDOM) if self._wire is not None and self._now is NONE else 1
+        self._probe_at = self._clock() + int((self.spent_ns - before) / self.share * _PROBES * self._wait)
 
     def _timed(self, coder: Coder, content: NDArray[np.uint8], weight: float) -> Octets:
-        began, used = self._clock(), self._processor()
+        began = self._processor()
         packed = coder.pack(content.data)
-        self.spent_ns += self._processor() - used
-        took = self._clock() - began
+        took = self._processor() - began
+        self.spent_ns += took
         # A handful of pages would tell more of what a call costs than of what a byte does.
         if content.size >= _SAMPLE * PAGE_SIZE:
             self._estimates[coder].note(len(packed) / content.size, took / content.size, weight)
@@ -183,7 +202,3 @@ class Choice:
 def _spread(pages: int) -> NDArray[np.intp]:
     """At most _SAMPLE of so many pages, far from one another."""
     return np.unique(np.linspace(0, pages - 1, min(pages, _SAMPLE)).astype(np.intp))
-
-
-def _packers() -> Iterable[Coder]:
-    return CODERS[1:]

@@ -71,15 +71,20 @@ class Packer:
         self._share = share
         self._outbox, self._channel, self._processor = outbox, channel, processor
         self.choice = Choice(compress, time.monotonic_ns, processor)
+        self.begin()
         self._duplicates: _Duplicates | None = None
         self._versions: Versions | None = None
         self.octets = self.content_bytes = 0
         """Sent so far: on the wire, and what the pages held, but those of zeros."""
 
+    def begin(self) -> None:
+        """A batch begins to be read."""
+        self._began = time.monotonic_ns(), self._processor()
+
     def send(
         self, runs: list[tuple[int, int]], content: NDArray[np.uint8], zero: NDArray[np.bool_], *, changes: bool = False
     ) -> None:
-        """Send pages.
+        """Send pages, which were read since :meth:`begin`.
 
         :param runs: (first, count) each; :param content: of all of them; :param zero: which go as zeros.
         :param changes: whether the destination's memory holds what was sent last, and its guest does not run.
@@ -95,7 +100,9 @@ class Packer:
         else:
             full = pages[(forms == Form.FULL) | (forms == Form.KEPT)].reshape(-1)
         coder, packed = self.choice.pack(full) if self.choice.enabled else (NONE, full.data)
+        packing = looked + self.choice.spent_ns - spent
         began = self._processor()
+        self.choice.note_work(len(content), time.monotonic_ns() - self._began[0], began - self._began[1], packing)
         if coder is NONE and as_they_are:
             sent = self._channel.send_pages(runs, zero, full.data)
         else:
@@ -105,9 +112,8 @@ class Packer:
         self.content_bytes += PAGE_SIZE * (zero.size - zeros)
         stream = self._share.number
         self._outbox.count_bulk(zero.size - zeros, zeros, sent, stream)
-        spent = looked + self.choice.spent_ns - spent
         self._outbox.count_packed(
-            len(packed) + len(changed), CODERS.index(coder), len(full) // PAGE_SIZE, spent, stream
+            len(packed) + len(changed), CODERS.index(coder), len(full) // PAGE_SIZE, packing, stream
         )
         if not as_they_are:
             same, change = (int(np.count_nonzero(forms == form)) for form in (Form.SAME, Form.CHANGED))

@@ -182,6 +182,7 @@ class BulkSender:
         claimed = list(self._claim(batch))
         if not claimed:
             return
+        self._packer.begin()
         at = 0
         for first, count in claimed:
             end = at + count * PAGE_SIZE
