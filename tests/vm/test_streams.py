@@ -62,3 +62,19 @@ def test_three_streams_break_off_and_are_three_again(vm: Vm, end: str) -> None:
     assert summary_of(lines[-1])["state"] == "completed"
     wait_for(lambda: not vm.cluster.a.has(vm.name), "the end of the source's QEMU")
     vm.verify("b")
+
+
+def test_cancel_with_several_streams_leaves_the_vm_at_the_source(vm: Vm) -> None:
+    process = vm.cluster.a.popen(
+        "migrate", vm.name, "b", "-o", "ndjson", "--pre-copy", "--max-bandwidth", "10MB", "--streams", "4"
+    )
+    assert process.stdout is not None
+    cancelled = False
+    for line in process.stdout:
+        if '"state":"copying"' in line and not cancelled:
+            cancelled = vm.cluster.a.outboard("cancel", vm.name).returncode == 0
+    process.communicate()
+    assert (cancelled, process.returncode) == (True, 5)
+    wait_for(lambda: not vm.cluster.b.has(vm.name), "the end of the destination's QEMU")
+    assert vm.cluster.a.has(vm.name)
+    vm.verify("a")
