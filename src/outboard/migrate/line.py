@@ -54,6 +54,8 @@ class Line:
     ) -> None:
         self.migration, self.destination = migration, destination
         self.digests: bytearray | None = None
+        self.bulk_streams = 1
+        """How many there were when the streams were opened last."""
         self._guest, self._outbox, self._identity, self._steering = guest, outbox, identity, steering
         self._ready, self._compress = ready, compress
         self._agent: Channel | None = None
@@ -260,6 +262,7 @@ class Line:
             "outboard-answer", lambda _: Answerer(guest, outbox, streams["urgent"]).serve(), urgent=True
         )
         bulk, compress = messages.bulk_of(streams), self._compress
+        self.bulk_streams = len(bulk)
 
         def send(link: socket.socket, number: int) -> None:
             BulkSender(guest, outbox, bulk[number], link, compress, Share(number, len(bulk))).serve()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Annotated
 
 import msgspec
 
 from outboard.migrate.codec import Compress
+from outboard.migrate.messages import MAX_STREAMS
 
 
 class Method(Enum):
@@ -63,7 +65,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verify: bool = False
     throttle: bool = True
     compress: Compress = Compress.AUTO
-    streams: int | None = None
+    streams: Annotated[int, msgspec.Meta(ge=1, le=MAX_STREAMS)] | None = None
 
     @property
     def throttles(self) -> bool:

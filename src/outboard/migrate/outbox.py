@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from outboard.migrate.messages import MAX_STREAMS
 from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs, shifted
 from outboard.pages.shared import claim, claim_one, shared_array
 from outboard.wire.codecs import CODERS
-
-STREAMS = 8
-"""How many senders there may be for the bulk."""
 
 NEVER = 255
 """The rank of a page that is not sent: the guest holds it free, or it has no memory."""
@@ -104,7 +102,7 @@ class Outbox:
         self.sent: NDArray[np.uint8] = shared_array(pages, np.uint8)
         # A row for each stream: adding to a number is no single instruction.
         columns = self._CODECS + len(CODERS)
-        self._counters: NDArray[np.int64] = shared_array(STREAMS * columns, np.int64).reshape(STREAMS, columns)
+        self._counters: NDArray[np.int64] = shared_array(MAX_STREAMS * columns, np.int64).reshape(MAX_STREAMS, columns)
 
     def due(self, first: int, count: int, rank: int, share: Share = ALL) -> Runs:
         """Runs of the pages in ``[first, first + count)`` whose turn ``rank`` is and that nobody has sent."""

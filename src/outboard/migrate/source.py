@@ -79,7 +79,6 @@ class Outgoing:
         self.machine = Machine()
         self.findings = Findings()
         self.copied: Rounds | None = None
-        self.streams = 1
         self._large = large_mappings(guest)
         unit = max(region.page_size for region in guest.regions) // PAGE_SIZE
         self.outbox = Outbox(guest.pages, unit=unit, digested=bool(self._large) or not traces_pages())
@@ -210,7 +209,7 @@ class Outgoing:
         self._watch_vmm()
         guest = self.guest
         layout = [(region.first, region.pages, region.gpa) for region in guest.regions]
-        self.streams = self.options.streams or suggested(self.options, self.destination.address)
+        streams = self.options.streams or suggested(self.options, self.destination.address)
         self.line.request(
             messages.Prepare(
                 migration=self.migration,
@@ -218,7 +217,7 @@ class Outgoing:
                 spec=self._spec,
                 layout=layout,
                 running=self._running,
-                streams=self.streams,
+                streams=streams,
             )
         )
         if self._wants_trace:

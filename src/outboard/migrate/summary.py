@@ -61,7 +61,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         bulk_rate=found.bulk_rate,
         verified=found.verified,
         exit_code=_NO_ERROR if error is None else error.exit_code,
-        streams=outgoing.streams,
+        streams=outgoing.line.bulk_streams,
         content_bytes=sent.data_pages * PAGE_SIZE,
         packed_bytes=sent.content.packed_bytes,
         reference_pages=sent.content.same_pages,
