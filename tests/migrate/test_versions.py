@@ -60,3 +60,12 @@ def test_what_was_sent_otherwise_is_not_known() -> None:
     assert known(versions, 5, page(1)) == 0
     versions.drop(np.array([4, 5]))
     assert known(versions, 5, page(1)) == UNKNOWN
+
+
+def test_the_pages_of_one_stream_use_all_of_its_places() -> None:
+    of = 4
+    versions = Versions(PAGES, of)
+    numbers = np.concatenate([np.arange(512) + 512 * (1 + of * chunk) for chunk in range(VERSIONS // of // 512)])
+    pages = np.ones((numbers.size, 4096), dtype=np.uint8)
+    assert np.all(versions.replace(numbers, pages)[0] == UNKNOWN)
+    assert np.all(versions.replace(numbers, pages)[0] == 0)

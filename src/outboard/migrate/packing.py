@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from outboard.migrate.codec import Choice, Compress
 from outboard.migrate.outbox import ALL, Outbox, Share
-from outboard.migrate.versions import UNKNOWN, VERSIONS, Versions
+from outboard.migrate.versions import UNKNOWN, Versions
 from outboard.pages import PAGE_SIZE
 from outboard.pages.kept import KeptPages
 from outboard.wire.channel import Channel
@@ -134,7 +134,7 @@ class Packer:
         if not self.choice.saving_may_pay:
             return b""
         if self._versions is None:
-            self._versions = Versions(self._outbox.pages, VERSIONS // self._share.of)
+            self._versions = Versions(self._outbox.pages, self._share.of)
         numbers = np.concatenate([np.arange(first, first + count) for first, count in runs])
         full = forms == Form.FULL
         self._versions.drop(numbers[~full])

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
 
-from outboard.pages import PAGE_SIZE
+from outboard.pages import LARGE, PAGE_SIZE
 
 VERSIONS = 16384
 UNKNOWN = -1
@@ -19,9 +19,10 @@ _WORDS = PAGE_SIZE // 8
 _ROWS, _I8, _U1 = types.uint64[:, ::1], types.int64[::1], types.uint8[::1]
 
 
-@njit(types.void(_I8, _ROWS, _I8, _U1, _ROWS, _ROWS, _I8), cache=True, nogil=True)
+@njit(types.void(_I8, _I8, _ROWS, _I8, _U1, _ROWS, _ROWS, _I8), cache=True, nogil=True)
 def _compare(
     numbers: NDArray[np.int64],
+    places: NDArray[np.int64],
     pages: NDArray[np.uint64],
     owner: NDArray[np.int64],
     sent: NDArray[np.uint8],
@@ -30,8 +31,7 @@ def _compare(
     changed: NDArray[np.int64],
 ) -> None:
     for index in range(numbers.size):
-        page = numbers[index]
-        place = page % owner.size
+        page, place = numbers[index], places[index]
         changed[index] = UNKNOWN
         if owner[place] == page:
             count = 0
@@ -50,12 +50,13 @@ def _compare(
 class Versions:
     """Of one stream.
 
-    :param pages: how many the guest has. :param places: how many versions are kept.
+    :param pages: how many the guest has. :param of: how many streams there are.
 
     Synchronization: one thread.
     """
 
-    def __init__(self, pages: int, places: int = VERSIONS) -> None:
+    def __init__(self, pages: int, of: int = 1) -> None:
+        self._of, places = of, VERSIONS // of
         self._owner: NDArray[np.int64] = np.full(places, -1, dtype=np.int64)
         self._sent: NDArray[np.uint8] = np.zeros(pages, dtype=np.uint8)
         self._store: NDArray[np.uint64] = np.zeros((places, _WORDS), dtype=np.uint64)
@@ -72,6 +73,7 @@ class Versions:
         changed, changes = np.empty(numbers.size, dtype=np.int64), np.empty_like(pages)
         _compare(
             numbers,
+            self._places(numbers),
             pages.view(np.uint64),
             self._owner,
             self._sent,
@@ -81,8 +83,13 @@ class Versions:
         )
         return changed, changes
 
+    def _places(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        # Of a stream's pages, which are so many large ones apart, neighbours lie side by side.
+        own: NDArray[np.int64] = numbers // (LARGE * self._of) * LARGE + numbers % LARGE
+        return own % self._owner.size
+
     def drop(self, numbers: NDArray[np.int64]) -> None:
         """Forget pages: they were sent in another way."""
-        places = numbers % self._owner.size
+        places = self._places(numbers)
         self._owner[places[self._owner[places] == numbers]] = -1
         self._sent[numbers] = 1
