@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from outboard.migrate.explain import explain
+from outboard.migrate.method import Goal
 from outboard.migrate.report import Round, Slowed, Summary
 from outboard.migrate.states import State, Where
 from tests.agent.test_history import summary as summary_of
@@ -49,3 +50,8 @@ def test_why_one_did_not_converge() -> None:
     assert "did not converge" in words
     assert "--max-downtime" in words
     assert "had not converged yet" in told(msgspec.structs.replace(failed, rounds=rounds(10)))
+
+
+def test_the_goal_is_named() -> None:
+    assert "Its goal was" not in told(summary())
+    assert "Its goal was downtime: each page goes once" in told(msgspec.structs.replace(summary(), goal=Goal.DOWNTIME))

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -40,7 +41,8 @@ from outboard.errors import (
     UsageError,
 )
 from outboard.linux import sched
-from outboard.migrate.method import Options
+from outboard.migrate.goals import options_for
+from outboard.migrate.method import Goal, Options
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.wire.tls import Listener
 
@@ -48,11 +50,16 @@ log = structlog.get_logger()
 
 
 class MigrateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of POST /v1/migrations."""
+    """The body of POST /v1/migrations: ``options`` are those that the user has said, by their names in Options."""
 
     vm: str
     host: str
-    options: Options = Options()
+    goal: Goal | None = None
+    options: dict[str, Any] = {}
+
+    def settled(self) -> Options:
+        """All options; errors as :func:`~outboard.migrate.goals.options_for`."""
+        return options_for(self.goal, self.options)
 
 
 class LimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,7 +107,7 @@ class Agent:
             wanted = msgspec.json.decode(await request.body(), type=MigrateRequest)
         except msgspec.DecodeError as error:
             raise UsageError(f"POST /v1/migrations: {error}") from error
-        running = self._departures.depart(wanted.vm, wanted.host, wanted.options)
+        running = self._departures.depart(wanted.vm, wanted.host, wanted.settled())
         return JSONResponse({"migration": running.migration}, status_code=202)
 
     async def _get_reports(self, request: Request) -> Response:

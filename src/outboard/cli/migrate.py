@@ -6,9 +6,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -17,6 +19,7 @@ from outboard.cli.output import Bandwidth, Duration, output_option, print_json, 
 from outboard.errors import OutboardError, error_of
 from outboard.migrate import report
 from outboard.migrate.messages import MAX_STREAMS
+from outboard.migrate.method import Goal
 
 _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.Decoder(report.Progress | report.Summary)
 
@@ -27,6 +30,11 @@ _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.D
 )
 @click.argument("vm")
 @click.argument("host")
+@click.option(
+    "--goal",
+    type=click.Choice([goal.value for goal in Goal]),
+    help="What matters most: sets what no other option says; see the table in the manual.",
+)
 @click.option(
     "--enlightened", "method", flag_value="enlightened", default=True, help="Guest-ordered post-copy (default)."
 )
@@ -59,32 +67,16 @@ _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.D
 def migrate(
     vm: str,
     host: str,
-    method: str,
-    hints: bool,
-    throttle: bool,
-    max_downtime: float,
-    max_bandwidth: int | None,
-    compress: str,
-    streams: int | None,
-    verify: bool,
+    goal: str | None,
     wait: bool,
     output: str,
+    **options: Any,
 ) -> None:
     """Move the running VM to HOST, as named in agent.toml.
 
     Ctrl-C once stops following and lets the migration go on; twice within the command cancels it.
     """
-    options = {
-        "method": method,
-        "hints": hints,
-        "throttle": throttle,
-        "max_downtime": max_downtime,
-        "max_bandwidth": max_bandwidth,
-        "verify": verify,
-        "compress": compress,
-        "streams": streams,
-    }
-    migration = api.call("POST", "/v1/migrations", {"vm": vm, "host": host, "options": options})["migration"]
+    migration = api.call("POST", "/v1/migrations", _request(vm, host, goal, options))["migration"]
     if not wait:
         if output == "table":
             click.echo(migration)
@@ -92,6 +84,17 @@ def migrate(
             print_json({"schema": "outboard.migration.begun.v1", "migration": migration})
         return
     _follow(migration, output)
+
+
+def _request(vm: str, host: str, goal: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What the agent is asked for: of the options those that were said, the others are the goal's."""
+    context = click.get_current_context()
+    said = {name: value for name, value in options.items() if _was_said(context, name)}
+    return {"vm": vm, "host": host, "goal": goal, "options": said}
+
+
+def _was_said(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 class _Interrupts:

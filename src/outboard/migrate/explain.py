@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from outboard.migrate.goals import WHY
 from outboard.migrate.method import Method
 from outboard.migrate.report import Round, Slowed, Summary
 from outboard.migrate.states import State
@@ -16,6 +17,8 @@ def explain(summary: Summary) -> list[str]:
         f"{summary.vm} from {summary.source} to {summary.destination}, {summary.method.value}: {summary.state.value} "
         f"after {summary.total_s:.1f} s; the VM is at the {summary.safe_at.value}."
     ]
+    if summary.goal is not None:
+        words.append(f"Its goal was {summary.goal.value}: {WHY[summary.goal]}.")
     if summary.error is not None:
         words.append(f"It ended because: {summary.error}.")
     if summary.method in (Method.POST_COPY, Method.ENLIGHTENED):

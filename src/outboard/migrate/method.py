@@ -35,6 +35,19 @@ class Method(Enum):
         return self is not Method.PRE_COPY
 
 
+class Goal(Enum):
+    """What matters most; the value is the name on the command line."""
+
+    DOWNTIME = "downtime"
+    """The guest stands still as briefly as it can."""
+    TIME = "time"
+    """The source is empty as soon as it can be."""
+    BANDWIDTH = "bandwidth"
+    """As few bytes cross the network as can be."""
+    GUEST_SPEED = "guest-speed"
+    """The guest runs as fast as before, all the way: nobody is held back, few pages are waited for."""
+
+
 EARLY_SECONDS = 2.0
 """At most this long: a guest with tens of GiB of slab switches over all the same."""
 
@@ -55,7 +68,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``max_downtime`` in seconds, ``max_bandwidth`` in bytes/s. ``verify`` holds the VM paused at the switch-over until
     every page has arrived and the digests of both ends agree. ``throttle`` lets the vCPUs that write be held back where
     rounds would not end otherwise. ``compress`` says by which codec pages go, if by any, and ``streams`` on
-    how many connections; None: as :mod:`outboard.migrate.streams` says.
+    how many connections; None: as :mod:`outboard.migrate.streams` says. ``goal`` is where those come from that were
+    not said; see :mod:`outboard.migrate.goals`.
     """
 
     method: Method = Method.ENLIGHTENED
@@ -66,6 +80,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     throttle: bool = True
     compress: Compress = Compress.AUTO
     streams: Annotated[int, msgspec.Meta(ge=1, le=MAX_STREAMS)] | None = None
+    goal: Goal | None = None
 
     @property
     def throttles(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from outboard.migrate.method import Method
+from outboard.migrate.method import Goal, Method
 from outboard.migrate.states import State, Where
 
 
@@ -115,6 +115,7 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     """Pages that went whole, by codec."""
     codec_s: float = 0.0
     """Processor time of the source that went into packing, and into finding out whether it pays."""
+    goal: Goal | None = None
 
 
 def is_progress(report: bytes) -> bool:

@@ -60,6 +60,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         large_mappings_after=None if arrived is None else arrived.large_mappings,
         bulk_rate=found.bulk_rate,
         verified=found.verified,
+        goal=outgoing.options.goal,
         exit_code=_NO_ERROR if error is None else error.exit_code,
         streams=outgoing.line.bulk_streams,
         content_bytes=sent.data_pages * PAGE_SIZE,
