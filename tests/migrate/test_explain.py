@@ -55,3 +55,12 @@ def test_why_one_did_not_converge() -> None:
 def test_the_goal_is_named() -> None:
     assert "Its goal was" not in told(summary())
     assert "Its goal was downtime: each page goes once" in told(msgspec.structs.replace(summary(), goal=Goal.DOWNTIME))
+
+
+def test_the_waits_of_devices_are_told_apart() -> None:
+    waited = msgspec.structs.replace(
+        summary(), remote_faults=9, device_faults=2, queue_faults=1, queues="4 queues of 2 devices"
+    )
+    assert "2 of these waits were QEMU's own, for its devices, 1 of them for their queues (4 queues of 2" in told(
+        waited
+    )

@@ -36,3 +36,13 @@ def test_without_a_word_what_was_touched_goes_first() -> None:
     assert first == [3, 40]
     assert outbox.rank[9] == NEVER
     assert outbox.rank[3] > ranking.EARLY_UPTO
+
+
+def test_what_devices_are_about_to_touch_goes_ahead_of_all_and_the_rings_ahead_of_that() -> None:
+    outbox = Outbox(PAGES)
+    ranking.rank_all(outbox, ~some(9))
+    ranking.rank_devices(outbox, some(30), some(9, 30, 31))
+    now, later = ranking.split_stale(outbox, some(9, 29, 30, 31), 2)
+    assert outbox.rank[[30, 9, 31]].tolist() == [ranking.QUEUES, ranking.IN_FLIGHT, ranking.IN_FLIGHT]
+    assert now == some(9, 30)
+    assert later == some(29, 31)

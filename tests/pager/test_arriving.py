@@ -19,6 +19,7 @@ from outboard.pager.peer_faults import FaultCounters, PeerFaultServer
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Where
 from outboard.stores.peer import PeerStore
+from outboard.vmm.guest import VCpu
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind
 from tests.support.process_guest import guest_of
@@ -42,13 +43,18 @@ def place_zeros(pager: ArrivingMemory, first: int, count: int) -> None:
 
 
 class Scene:
-    """A target, its pager, and a peer that answers requests with 1000 + the page's number."""
+    """A target, its pager, and a peer that answers requests with 1000 + the page's number.
 
-    def __init__(self) -> None:
+    :param vcpu: the target's main thread, which does what it is told, is a vCPU.
+    """
+
+    def __init__(self, *, vcpu: bool = False) -> None:
         self.target = Target(mebibytes=4)
         self.guest = guest_of(self.target)
         self._journal = tempfile.TemporaryDirectory(dir="/dev/shm")
         self.pager = ArrivingMemory(self.guest, Path(self._journal.name))
+        if vcpu:
+            self.guest.vcpus = (VCpu(0, self.target.pid),)
         ours, theirs = socket.socketpair()
         self._theirs = Channel(theirs, "peer", self.target.pages)
         self._link, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -85,6 +91,8 @@ class Scene:
         for one in (self._ours, self._theirs, self._link, self._far_link):
             one.close()
         self.target.__exit__(None, None, None)
+        # Letting go takes a thread that is no vCPU.
+        self.guest.vcpus = ()
         self.pager.release()
         self.guest.memory.close()
         self._journal.cleanup()
@@ -107,6 +115,23 @@ def test_a_fault_is_answered_by_the_peer(scene: Scene) -> None:
         os.sched_yield()
     assert scene.counters.statistics().latencies.count == 2
     assert scene.pager.residency.where[7] == Where.RESIDENT
+
+
+@pytest.mark.parametrize("vcpu", [False, True])
+def test_after_the_resume_the_faults_of_threads_that_are_no_vcpus_are_told_apart(vcpu: bool) -> None:
+    scene = Scene(vcpu=vcpu)
+    try:
+        scene.tell(b"open")
+        assert scene.target.ask("r 7") == "1007"
+        scene.pager.run()
+        for page in range(100, 120):
+            assert scene.target.ask(f"r {page}") == str(0 if page % 10 == 9 else 1000 + page)
+        while (served := scene.counters.statistics()).remote < 21:
+            os.sched_yield()
+        assert served.device == (0 if vcpu else 20)
+        assert served.device_pages == (() if vcpu else tuple(range(100, 116)))
+    finally:
+        scene.close()
 
 
 def test_requests_are_held_until_the_peer_is_final(scene: Scene) -> None:

@@ -173,7 +173,10 @@ class Cluster:
 
 
 class Vm:
-    """A test guest in a cluster, writing to its memory and able to prove it."""
+    """A test guest in a cluster, writing to its memory and able to prove it.
+
+    :param more: lines of its description; :param tables: more tables.
+    """
 
     def __init__(
         self,
@@ -183,15 +186,17 @@ class Vm:
         mebibytes: int = 256,
         guest_agent: bool = True,
         page_size: str = "4KiB",
+        more: str = "",
+        tables: str = "",
     ) -> None:
         self.cluster = cluster
         self.name = name
         spec = cluster.root / f"{name}.toml"
         spec.write_text(
             f'name = "{name}"\nmemory = "{mebibytes}MiB"\nvcpus = 1\naccel = "tcg"\n'
-            f'guest_agent = {str(guest_agent).lower()}\npage_size = "{page_size}"\n\n'
+            f'guest_agent = {str(guest_agent).lower()}\npage_size = "{page_size}"\n{more}\n\n'
             f"[boot]\n"
-            f'kernel = "{image.kernel}"\ninitrd = "{image.initrd}"\nappend = "{COMMAND_LINE}"\n'
+            f'kernel = "{image.kernel}"\ninitrd = "{image.initrd}"\nappend = "{COMMAND_LINE}"\n{tables}'
         )
         done = cluster.a.outboard("run", str(spec))
         assert done.returncode == 0, done.stderr

@@ -12,6 +12,8 @@ class Findings:
     """Each is noted by whoever comes upon it; None where the migration did not get that far."""
 
     hints: str = "not asked for"
+    queues: str = "not asked for"
+    queue_pages: int | None = None
     trace: str | None = None
     large_mappings: int | None = None
     """At the source, before anything was done to it."""

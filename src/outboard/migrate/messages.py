@@ -6,7 +6,7 @@ Each is a MESSAGE frame holding JSON with a ``type``; an unknown type or field e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -108,7 +108,11 @@ class Resumed(Message, frozen=True, tag="resumed"):
 
 
 class Arrived(Message, frozen=True, tag="arrived"):
-    """No page is missing at the destination; with it the faults that it took to get there."""
+    """No page is missing at the destination; with it the faults that it took to get there.
+
+    ``device_faults`` are those of the remote ones, after the resume, that no vCPU raised: QEMU's own threads waited,
+    and with them their devices; ``device_fault_pages`` are the pages of the first of them.
+    """
 
     remote_faults: int
     zero_faults: int
@@ -118,6 +122,8 @@ class Arrived(Message, frozen=True, tag="arrived"):
     fault_p99_us: float | None
     mapped_before_resume: int
     large_mappings: int
+    device_faults: int = 0
+    device_fault_pages: Annotated[list[int], msgspec.Meta(max_length=16)] = []
 
 
 class Failed(Message, frozen=True, tag="failed"):

@@ -1,9 +1,9 @@
 """In which order pages go: the outbox's ranks, from the guest's hints where there are any.
 
-Ranks, lowest first: STALE_NOW pages were sent early, were written since, and are sent again in the pause; STALE_LATER
-the same, fetched after the resume; then the classes of :class:`~outboard.vmm.enlighten.PageClass`, the kernel's
-before its users', the addresses ascending within each; last what the guest has said nothing of. Free pages have no
-turn.
+Ranks, lowest first: QUEUES and IN_FLIGHT are what the guest's devices are about to touch; STALE_NOW pages were sent
+early, were written since, and are sent again in the pause; STALE_LATER the same, fetched after the resume; then the
+classes of :class:`~outboard.vmm.enlighten.PageClass`, the kernel's before its users', the addresses ascending within
+each; last what the guest has said nothing of. Free pages have no turn.
 
 A hint decides order and what is skipped, nothing else. A page is skipped only if the guest held it free when asked and
 nobody has written it since: the write trace is armed before the guest is asked.
@@ -18,9 +18,11 @@ from outboard.migrate.outbox import NEVER, Outbox
 from outboard.pages.pageset import PageSet
 from outboard.vmm.enlighten import PageClass
 
-STALE_NOW = 0
-STALE_LATER = 1
-_FIRST_CLASS = 2
+QUEUES = 0
+IN_FLIGHT = 1
+STALE_NOW = 2
+STALE_LATER = 3
+_FIRST_CLASS = 4
 LAST = NEVER - 1
 
 _ORDER = (
@@ -72,6 +74,12 @@ def rank_written(outbox: Outbox, pages: PageSet) -> None:
 def rank_touched(outbox: Outbox, pages: PageSet) -> None:
     """Where the guest says nothing: what it was seen to touch goes before what it was not."""
     np.copyto(outbox.rank, _RANK_OF[PageClass.ACTIVE_ANON], where=pages.mask() & (outbox.rank != NEVER))
+
+
+def rank_devices(outbox: Outbox, rings: PageSet, in_flight: PageSet) -> None:
+    """What devices are about to touch goes before all else, their rings first."""
+    outbox.rank[in_flight.mask()] = IN_FLIGHT
+    outbox.rank[rings.mask()] = QUEUES
 
 
 def split_stale(outbox: Outbox, stale: PageSet, most: int) -> tuple[PageSet, PageSet]:

@@ -116,6 +116,14 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     codec_s: float = 0.0
     """Processor time of the source that went into packing, and into finding out whether it pays."""
     goal: Goal | None = None
+    queues: str = ""
+    """Whose queues are known, or why none are."""
+    queue_pages: int | None = None
+    """Of the devices' queues and of requests in flight, at the pause."""
+    device_faults: int | None = None
+    """After the resume QEMU's own threads, not a vCPU, waited for a page from the source."""
+    queue_faults: int | None = None
+    """Of the first 16 of these, the pages that were to be there."""
 
 
 def is_progress(report: bytes) -> bool:

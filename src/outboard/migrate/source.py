@@ -20,6 +20,7 @@ from outboard.linux import pidfd, sched
 from outboard.migrate import messages, ranking
 from outboard.migrate.delivery import Delivery, SwornOffError
 from outboard.migrate.desk import Desk, Destination
+from outboard.migrate.devices import Devices
 from outboard.migrate.digests import digests
 from outboard.migrate.findings import Findings
 from outboard.migrate.hinting import Hints
@@ -101,7 +102,8 @@ class Outgoing:
         self._cleanup.callback(self.line.hang_up)
         self._hints = Hints(guest, self.outbox, options, self._steering, self.findings, self._classed)
         self._cleanup.callback(self._hints.close)
-        self._stale = Stale(guest, self.outbox, self.line, options, self.findings)
+        self.devices = Devices(guest, self.outbox, self.findings)
+        self._stale = Stale(guest, self.outbox, self.line, options, self.findings, self.devices)
         self._delivery = Delivery(
             guest.name,
             self.outbox,
@@ -229,6 +231,8 @@ class Outgoing:
         with self._hints.gathering(self._stale.trace):
             self._departure = Departure(guest, self._directory, running=self._running)
             self._cleanup.callback(self._departure.close)
+            if self.options.method.resumes_early:
+                self.devices.ask()
             self._steering.until(lambda: self.line.is_open and self._hints.told, STEP_S)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from outboard.errors import KernelError
 from outboard.migrate import messages, ranking
+from outboard.migrate.devices import Devices
 from outboard.migrate.findings import Findings
 from outboard.migrate.line import Line
 from outboard.migrate.method import PAUSE_MOST_S, PAUSE_SHARE, Options
@@ -27,24 +28,31 @@ class Stale:
     Synchronization: one thread.
     """
 
-    def __init__(self, guest: Guest, outbox: Outbox, line: Line, options: Options, findings: Findings) -> None:
+    def __init__(
+        self, guest: Guest, outbox: Outbox, line: Line, options: Options, findings: Findings, devices: Devices
+    ) -> None:
         self.trace: WriteTrace | None = None
         self._guest, self._outbox, self._line = guest, outbox, line
-        self._options, self._findings = options, findings
+        self._options, self._findings, self._devices = options, findings, devices
 
     def _written(self, within: PageSet | None = None) -> PageSet:
         return PageSet(self._outbox.pages) if self.trace is None else self.trace.collect(within)
 
-    def _found(self) -> PageSet:
+    def _found(self, also: PageSet | None = None) -> PageSet:
+        """Those that were sent and are stale; from now on ``also`` is watched too, which goes next."""
         sent = self._outbox.already_sent()
-        written = self._written(sent)
+        written = self._written(sent if also is None else sent | also)
         ranking.revive(self._outbox, written)
         return refined(self._guest, self._outbox, written & sent)
 
     def send_early(self) -> None:
-        """Send again what was written since it was sent, while the guest still runs: the less is left for the pause."""
-        stale = self._found()
-        self._outbox.again(stale, ranking.STALE_NOW)
+        """Send again what was written since it was sent, while the guest still runs: the less is left for the pause.
+
+        With it goes what the devices are about to touch, if a trace tells when that is written.
+        """
+        due = PageSet(self._outbox.pages) if self.trace is None else self._devices.due()
+        stale = self._found(due)
+        self._outbox.again(stale | due, ranking.STALE_NOW)
         self._findings.resent_pages += len(stale)
         self._line.order(Send(0, self._outbox.pages, ranking.STALE_NOW, paced=False, changes=True))
         self._line.await_sent()
@@ -56,13 +64,15 @@ class Stale:
         they are in place.
         """
         outbox, line, options = self._outbox, self._line, self._options
+        due = self._devices.due() if options.method.resumes_early else PageSet(outbox.pages)
         # In rounds also what was written during the last one: the destination holds it as it was before.
         if options.method.rounds:
             stale = refined(self._guest, outbox, self._written()) | outbox.unsent()
         else:
-            stale = self._found()
+            stale = self._found(due)
         self._findings.resent_pages += len(stale)
         if options.method.resumes_early:
+            stale |= due
             rate = outbox.statistics().rate or _UNPACED
             seconds = min(PAUSE_MOST_S, PAUSE_SHARE * options.max_downtime)
             now, later = ranking.split_stale(outbox, stale, int(seconds * rate / PAGE_SIZE))
@@ -72,13 +82,15 @@ class Stale:
         if later:
             now -= self._forget(later)
         if now:
+            if self.trace is None:
+                self._devices.watch(now)
             outbox.again(now, ranking.STALE_NOW)
             line.order(Send(0, outbox.pages, upto, paced=False, changes=True))
         line.control.send(messages.Final(line.barrier()))
 
     def forget_late(self) -> None:
         """QEMU itself may write to the guest's memory while it saves devices: such pages are fetched again."""
-        late = self._found()
+        late = self._found() | self._devices.changed()
         self._findings.resent_pages += len(late)
         if late:
             self._forget(late)

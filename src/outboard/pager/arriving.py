@@ -44,7 +44,7 @@ class ArrivingMemory:
 
     unit = 1
     """Pages that the kernel enters at once."""
-    features = Features.MISSING_SHMEM | Features.MINOR_SHMEM
+    features = Features.MISSING_SHMEM | Features.MINOR_SHMEM | Features.THREAD_ID
 
     def __init__(self, guest: Guest, journal: Path) -> None:
         # Thrown away only when it is ours: it may be somebody's who is not to be disturbed.

@@ -27,7 +27,7 @@ class ArrivingLargeMemory(ArrivingMemory):
     """As :class:`~outboard.pager.arriving.ArrivingMemory`; ``where`` is the same for all of a large page."""
 
     unit = LARGE
-    features = Features.MISSING_HUGETLBFS | Features.MINOR_HUGETLBFS
+    features = Features.MISSING_HUGETLBFS | Features.MINOR_HUGETLBFS | Features.THREAD_ID
 
     def place(self, runs: Runs, zero: NDArray[np.bool_], content: NDArray[np.uint8]) -> NDArray[np.int64]:
         index = at = 0

@@ -26,7 +26,11 @@ from outboard.stores.peer import PeerStore
 
 _MESSAGE = struct.Struct("<B7xQQQ")
 """struct uffd_msg of a page fault: event, flags, address, thread."""
+_THREAD = 0xFFFFFFFF
+"""The thread is 32 bits of the last word."""
 _AT_ONCE = 64
+_FIRST_PAGES = 16
+"""Of so many faults of devices the pages are kept."""
 # As plain numbers: an enumeration's operators are Python code.
 _MINOR_FAULT, _PEER, _ZERO_PAGE = int(FaultFlag.MINOR), int(Where.PEER), int(Where.ZERO)
 _PAGE_NUMBER = struct.Struct("<Q")
@@ -40,6 +44,10 @@ class FaultStatistics:
     zero: int
     minor: int
     raced: int
+    device: int
+    """Of the remote ones after the resume, those that no vCPU raised."""
+    device_pages: tuple[int, ...]
+    """The pages of the first of these."""
     latencies: Latencies
 
 
@@ -50,16 +58,18 @@ class FaultCounters:
     """
 
     def __init__(self) -> None:
-        self.counts: NDArray[np.int64] = shared_array(4, np.int64)
+        self.counts: NDArray[np.int64] = shared_array(5, np.int64)
+        self.device_pages: NDArray[np.int64] = shared_array(_FIRST_PAGES, np.int64)
         self.latency = LatencyHistogram()
 
     def statistics(self) -> FaultStatistics:
         """A frozen snapshot."""
-        remote, zero, minor, raced = self.counts.tolist()
-        return FaultStatistics(remote, zero, minor, raced, self.latency.statistics())
+        remote, zero, minor, raced, device = self.counts.tolist()
+        pages = tuple(self.device_pages[:device].tolist())
+        return FaultStatistics(remote, zero, minor, raced, device, pages, self.latency.statistics())
 
 
-_REMOTE, _ZERO, _MINOR, _RACED = range(4)
+_REMOTE, _ZERO, _MINOR, _RACED, _DEVICE = range(5)
 
 
 class PeerFaultServer:
@@ -79,6 +89,7 @@ class PeerFaultServer:
         self._messages = bytearray(_MESSAGE.size * _AT_ONCE)
         # An element of a memoryview is an int at once, that of an array an object of NumPy's.
         self._where = memoryview(memory.residency.where)  # type: ignore[arg-type]  # an array has the buffer interface
+        self._vcpus = frozenset(vcpu.tid for vcpu in memory.guest.vcpus)
         self._waiting = memoryview(memory.waiting)  # type: ignore[arg-type]
 
     def serve(self) -> None:
@@ -122,7 +133,7 @@ class PeerFaultServer:
         wanted: list[int] = []
         count = memory.uffd.read_into(self._messages)
         for index in range(count):
-            _, flags, address, _ = _MESSAGE.unpack_from(self._messages, index * _MESSAGE.size)
+            _, flags, address, thread = _MESSAGE.unpack_from(self._messages, index * _MESSAGE.size)
             page = memory.page_of(address)
             if flags & _MINOR_FAULT:
                 memory.map_present(page)
@@ -133,6 +144,10 @@ class PeerFaultServer:
             at = where[page]
             if at == _PEER:
                 wanted.append(page)
+                if thread & _THREAD not in self._vcpus and memory.running:
+                    if counts[_DEVICE] < _FIRST_PAGES:
+                        self._counters.device_pages[counts[_DEVICE]] = page
+                    counts[_DEVICE] += 1
                 continue
             waiting[page] = 0
             if at == _ZERO_PAGE:
