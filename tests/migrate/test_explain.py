@@ -59,8 +59,6 @@ def test_the_goal_is_named() -> None:
 
 def test_the_waits_of_devices_are_told_apart() -> None:
     waited = msgspec.structs.replace(
-        summary(), remote_faults=9, device_faults=2, queue_faults=1, queues="4 queues of 2 devices"
+        summary(), remote_faults=9, loading_faults=3, device_faults=2, queue_faults=1, queues="4 queues of 2 devices"
     )
-    assert "2 of these waits were QEMU's own, for its devices, 1 of them for their queues (4 queues of 2" in told(
-        waited
-    )
+    assert "for 3 of these pages in the pause and for 2 after it, 1 of them of its devices' queues" in told(waited)

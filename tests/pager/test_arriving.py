@@ -118,18 +118,18 @@ def test_a_fault_is_answered_by_the_peer(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("vcpu", [False, True])
-def test_after_the_resume_the_faults_of_threads_that_are_no_vcpus_are_told_apart(vcpu: bool) -> None:
+def test_the_faults_of_threads_that_are_no_vcpus_are_told_apart(vcpu: bool) -> None:
     scene = Scene(vcpu=vcpu)
     try:
         scene.tell(b"open")
         assert scene.target.ask("r 7") == "1007"
         scene.pager.run()
-        for page in range(100, 120):
+        for page in range(100, 135):
             assert scene.target.ask(f"r {page}") == str(0 if page % 10 == 9 else 1000 + page)
-        while (served := scene.counters.statistics()).remote < 21:
+        while (served := scene.counters.statistics()).remote < 36:
             os.sched_yield()
-        assert served.device == (0 if vcpu else 20)
-        assert served.device_pages == (() if vcpu else tuple(range(100, 116)))
+        assert (served.loading, served.device) == ((0, 0) if vcpu else (1, 35))
+        assert served.device_pages == (() if vcpu else (7, *range(100, 131)))
     finally:
         scene.close()
 

@@ -342,6 +342,7 @@ class Incoming:
             fault_p99_us=served.latencies.percentile_us(0.99),
             mapped_before_resume=self._mapped_before_resume,
             large_mappings=self._large.count(),
+            loading_faults=served.loading,
             device_faults=served.device,
             device_fault_pages=list(served.device_pages),
         )

@@ -40,10 +40,11 @@ def explain(summary: Summary) -> list[str]:
             f"At the destination it waited for {summary.remote_faults} pages, half of them for less than {p50:.0f} us, "
             f"99 of 100 for less than {p99:.0f} us."
         )
-    if summary.device_faults:
+    if summary.loading_faults or summary.device_faults:
         words.append(
-            f"{summary.device_faults} of these waits were QEMU's own, for its devices, {summary.queue_faults or 0} of them "
-            f"for their queues ({summary.queues})."
+            f"QEMU's own threads waited for {summary.loading_faults or 0} of these pages in the pause and for "
+            f"{summary.device_faults or 0} after it, {summary.queue_faults or 0} of them of its devices' queues "
+            f"({summary.queues})."
         )
     return words
 

@@ -110,8 +110,8 @@ class Resumed(Message, frozen=True, tag="resumed"):
 class Arrived(Message, frozen=True, tag="arrived"):
     """No page is missing at the destination; with it the faults that it took to get there.
 
-    ``device_faults`` are those of the remote ones, after the resume, that no vCPU raised: QEMU's own threads waited,
-    and with them their devices; ``device_fault_pages`` are the pages of the first of them.
+    ``loading_faults`` (before the resume) and ``device_faults`` (after it) are those of the remote ones that no vCPU
+    raised: QEMU's own threads waited, and with them their devices; ``device_fault_pages`` has the pages of the first.
     """
 
     remote_faults: int
@@ -122,8 +122,9 @@ class Arrived(Message, frozen=True, tag="arrived"):
     fault_p99_us: float | None
     mapped_before_resume: int
     large_mappings: int
+    loading_faults: int = 0
     device_faults: int = 0
-    device_fault_pages: Annotated[list[int], msgspec.Meta(max_length=16)] = []
+    device_fault_pages: Annotated[list[int], msgspec.Meta(max_length=32)] = []
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -149,6 +150,33 @@ class Prepare(Message, frozen=True, tag="prepare"):
     """For the bulk, at most MAX_STREAMS."""
 
 
+class Probe(Message, frozen=True, tag="probe"):
+    """To the destination's agent: could it take this VM? ``spec`` is its TOML, ``qemu`` the version that runs it."""
+
+    spec: str
+    qemu: tuple[int, int] | None
+
+
+class Hindrance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A stable word for what stands in the way, and a sentence."""
+
+    reason: str
+    words: str
+
+
+class Probed(Message, frozen=True, tag="probed"):
+    """Its answer: what stands in the way. Raw bytes follow, to be timed."""
+
+    hindrances: Annotated[list[Hindrance], msgspec.Meta(max_length=64)]
+
+
+class Carried(Message, frozen=True, tag="carried"):
+    """How many raw bytes came in how many seconds."""
+
+    octets: int
+    seconds: float
+
+
 class Prepared(Message, frozen=True, tag="prepared"):
     """The agent's answer: where the engine listens, and the token of each stream's role."""
 
@@ -160,6 +188,9 @@ AnyMessage = (
     Hello
     | Prepare
     | Prepared
+    | Probe
+    | Probed
+    | Carried
     | Welcome
     | Barrier
     | BarrierPassed

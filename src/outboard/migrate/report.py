@@ -120,10 +120,12 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     """Whose queues are known, or why none are."""
     queue_pages: int | None = None
     """Of the devices' queues and of requests in flight, at the pause."""
+    loading_faults: int | None = None
+    """In the pause QEMU waited for a page from the source, to load its devices."""
     device_faults: int | None = None
     """After the resume QEMU's own threads, not a vCPU, waited for a page from the source."""
     queue_faults: int | None = None
-    """Of the first 16 of these, the pages that were to be there."""
+    """Of the first 32 of both, those on ``queue_pages``, which were to be there."""
 
 
 def is_progress(report: bytes) -> bool:

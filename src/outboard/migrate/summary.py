@@ -62,6 +62,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         verified=found.verified,
         queues=found.queues,
         queue_pages=found.queue_pages,
+        loading_faults=None if arrived is None else arrived.loading_faults,
         device_faults=None if arrived is None else arrived.device_faults,
         queue_faults=None if arrived is None else outgoing.devices.hit(arrived.device_fault_pages),
         goal=outgoing.options.goal,

@@ -29,7 +29,7 @@ _MESSAGE = struct.Struct("<B7xQQQ")
 _THREAD = 0xFFFFFFFF
 """The thread is 32 bits of the last word."""
 _AT_ONCE = 64
-_FIRST_PAGES = 16
+_FIRST_PAGES = 32
 """Of so many faults of devices the pages are kept."""
 # As plain numbers: an enumeration's operators are Python code.
 _MINOR_FAULT, _PEER, _ZERO_PAGE = int(FaultFlag.MINOR), int(Where.PEER), int(Where.ZERO)
@@ -44,10 +44,12 @@ class FaultStatistics:
     zero: int
     minor: int
     raced: int
+    loading: int
+    """Of the remote ones before the resume, those that no vCPU raised: the VMM loads its devices."""
     device: int
-    """Of the remote ones after the resume, those that no vCPU raised."""
+    """Of those after it, the same."""
     device_pages: tuple[int, ...]
-    """The pages of the first of these."""
+    """The pages of the first of both."""
     latencies: Latencies
 
 
@@ -58,18 +60,18 @@ class FaultCounters:
     """
 
     def __init__(self) -> None:
-        self.counts: NDArray[np.int64] = shared_array(5, np.int64)
+        self.counts: NDArray[np.int64] = shared_array(6, np.int64)
         self.device_pages: NDArray[np.int64] = shared_array(_FIRST_PAGES, np.int64)
         self.latency = LatencyHistogram()
 
     def statistics(self) -> FaultStatistics:
         """A frozen snapshot."""
-        remote, zero, minor, raced, device = self.counts.tolist()
-        pages = tuple(self.device_pages[:device].tolist())
-        return FaultStatistics(remote, zero, minor, raced, device, pages, self.latency.statistics())
+        remote, zero, minor, raced, loading, device = self.counts.tolist()
+        pages = tuple(self.device_pages[: loading + device].tolist())
+        return FaultStatistics(remote, zero, minor, raced, loading, device, pages, self.latency.statistics())
 
 
-_REMOTE, _ZERO, _MINOR, _RACED, _DEVICE = range(5)
+_REMOTE, _ZERO, _MINOR, _RACED, _LOADING, _DEVICE = range(6)
 
 
 class PeerFaultServer:
@@ -144,10 +146,11 @@ class PeerFaultServer:
             at = where[page]
             if at == _PEER:
                 wanted.append(page)
-                if thread & _THREAD not in self._vcpus and memory.running:
-                    if counts[_DEVICE] < _FIRST_PAGES:
-                        self._counters.device_pages[counts[_DEVICE]] = page
-                    counts[_DEVICE] += 1
+                if thread & _THREAD not in self._vcpus:
+                    before = counts[_LOADING] + counts[_DEVICE]
+                    if before < _FIRST_PAGES:
+                        self._counters.device_pages[before] = page
+                    counts[_DEVICE if memory.running else _LOADING] += 1
                 continue
             waiting[page] = 0
             if at == _ZERO_PAGE:
