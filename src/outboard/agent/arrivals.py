@@ -14,6 +14,7 @@ import structlog
 from outboard.agent.config import AgentConfig
 from outboard.agent.engine import ARRIVING, REOPENED, Ended, Ready, Receive, Refused
 from outboard.agent.engines import Engines
+from outboard.agent.readiness import blockers
 from outboard.agent.succession import left_task, only_one
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import (
@@ -27,6 +28,7 @@ from outboard.errors import (
     error_of,
 )
 from outboard.migrate import messages
+from outboard.migrate.probe import take_burst
 from outboard.vmm.device_state import awaits_state
 from outboard.vmm.launch import end_unrecorded, stop
 from outboard.vmm.registry import Registry, VmRecord
@@ -70,6 +72,8 @@ class Arrivals:
                 match messages.decode(channel.receive(_PREPARE_S).payload):
                     case messages.Prepare() as prepare:
                         answer: messages.Message = self._prepare(prepare, channel.peer_name)
+                    case messages.Probe() as probe:
+                        answer = self._probe(probe, channel)
                     case messages.Recover(migration):
                         answer = self._recover(migration, channel.peer_name)
                     case other:
@@ -80,11 +84,21 @@ class Arrivals:
                 with contextlib.suppress(OutboardError, OSError):
                     channel.send_message(messages.encode(messages.Failed(why=str(error), exit_code=error.exit_code)))
 
-    def _prepare(self, prepare: messages.Prepare, source: str) -> messages.Prepared:
+    def _authorise(self, source: str) -> None:
         if source not in self._config.hosts:
             raise NotAuthorisedError(
                 f"{self._config.name} takes no VM from {source}: its agent.toml does not name it under [hosts]"
             )
+
+    def _probe(self, probe: messages.Probe, channel: Channel) -> messages.Carried:
+        self._authorise(channel.peer_name)
+        found = blockers(probe.spec, probe.qemu, self._registry, here=self._config.name)
+        said = [messages.Hindrance(one.reason, one.words) for one in found]
+        channel.send_message(messages.encode(messages.Probed(said)))
+        return take_burst(channel)
+
+    def _prepare(self, prepare: messages.Prepare, source: str) -> messages.Prepared:
+        self._authorise(source)
         self._verdicts.expect(prepare.migration, source, prepare.vm)
         log.info("a VM is coming", migration=prepare.migration, vm=prepare.vm, source=source)
         task = Receive(

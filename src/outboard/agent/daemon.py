@@ -50,7 +50,7 @@ log = structlog.get_logger()
 
 
 class MigrateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of POST /v1/migrations: ``options`` are those that the user has said, by their names in Options."""
+    """The body of POST /v1/migrations and /v1/plans: ``options`` are those that were said, named as in Options."""
 
     vm: str
     host: str
@@ -102,11 +102,13 @@ class Agent:
             if (record.directory / ARRIVING).exists():
                 threading.Thread(target=self._arrivals.adopt, args=(record,), daemon=True).start()
 
+    async def _plan(self, request: Request) -> Response:
+        wanted = await _wanted(request)
+        plan = await self._departures.plan(wanted.vm, wanted.host, wanted.settled())
+        return Response(msgspec.json.encode(plan), media_type="application/json")
+
     async def _post(self, request: Request) -> Response:
-        try:
-            wanted = msgspec.json.decode(await request.body(), type=MigrateRequest)
-        except msgspec.DecodeError as error:
-            raise UsageError(f"POST /v1/migrations: {error}") from error
+        wanted = await _wanted(request)
         running = self._departures.depart(wanted.vm, wanted.host, wanted.settled())
         return JSONResponse({"migration": running.migration}, status_code=202)
 
@@ -156,6 +158,7 @@ class Agent:
             routes=[
                 Route("/v1/migrations", self._get_migrations, methods=["GET"]),
                 Route("/v1/migrations", self._post, methods=["POST"]),
+                Route("/v1/plans", self._plan, methods=["POST"]),
                 Route("/v1/migrations/{name}", self._patch, methods=["PATCH"]),
                 Route("/v1/migrations/{name}/reports", self._get_reports, methods=["GET"]),
                 Route("/v1/migrations/{name}/cancel", self._cancel, methods=["POST"]),
@@ -196,6 +199,13 @@ class Agent:
         finally:
             listener.close()
             path.unlink(missing_ok=True)
+
+
+async def _wanted(request: Request) -> MigrateRequest:
+    try:
+        return msgspec.json.decode(await request.body(), type=MigrateRequest)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"POST {request.url.path}: {error}") from error
 
 
 def _claim(path: Path) -> None:

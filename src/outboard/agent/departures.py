@@ -16,13 +16,15 @@ import msgspec
 import structlog
 
 from outboard.agent.config import AgentConfig
-from outboard.agent.engine import DEPARTING, PAUSED, Depart
+from outboard.agent.engine import DEPARTING, PAUSED, Depart, Refused
 from outboard.agent.engines import Engines
 from outboard.agent.history import History
 from outboard.agent.migrations import Migrations, Running
+from outboard.agent.planning import Planning, past_of
 from outboard.agent.succession import left_task, only_one
-from outboard.errors import NotFoundError, OutboardError, RefusedError
+from outboard.errors import NotFoundError, OutboardError, RefusedError, error_of
 from outboard.migrate.method import Options
+from outboard.migrate.plan import Blocker, Plan
 from outboard.migrate.report import Summary
 from outboard.vmm.brake import release_left_over
 from outboard.vmm.device_state import take_back
@@ -53,6 +55,7 @@ class Departures:
         self._managed = managed
         self._config, self._registry, self._engines, self._history = config, registry, engines, history
         self._tasks: set[asyncio.Task[None]] = set()
+        self._planned: set[str] = set()
 
     def is_migrating(self, vm: str) -> bool:
         """Whether a VM is on its way."""
@@ -62,10 +65,53 @@ class Departures:
         """Begin a migration.
 
         :raise NotFoundError: no such VM or host.
-        :raise RefusedError: ``migrating``: that VM is already on its way; ``managed``; ``given-away``: it has left.
+        :raise RefusedError: ``migrating``: that VM is already on its way; ``managed``; ``planning``;
+            ``given-away``: it has left.
         """
         target = self._config.find(host)
         record = self._registry.get(vm)
+        self._check(record)
+        migration = secrets.token_hex(8)
+        task = Depart(
+            migration=migration,
+            vm=record.name,
+            source=self._config.name,
+            destination=target,
+            options=options,
+            began=time.monotonic(),
+            throttle_gain=self._history.throttle_gain(record.name),
+        )
+        log.info("migration begins", migration=migration, vm=record.name, host=target.name)
+        return self._begin(task)
+
+    async def plan(self, vm: str, host: str, options: Options) -> Plan:
+        """What a migration would do. Nothing is moved, and what stands in the way is in the plan.
+
+        :raise NotFoundError: no such VM or host.
+        :raise OutboardError: the engine that plans has ended.
+        """
+        target = self._config.find(host)
+        record = self._registry.get(vm)
+        blockers = []
+        try:
+            self._check(record)
+        except RefusedError as error:
+            blockers.append(Blocker(self._config.name, error.reason, str(error)))
+        past = past_of(self._history, vm, host)
+        task = Planning(vm, self._config.name, target, options, past, blockers)
+        log.info("plan begins", vm=vm, host=host)
+        self._planned.add(vm)
+        try:
+            return await asyncio.to_thread(_planned_by, self._engines.start(task))
+        finally:
+            self._planned.discard(vm)
+
+    def _check(self, record: VmRecord) -> None:
+        """See that nothing is known to stand in the way of the VM's departure; errors as :meth:`depart`."""
+        if record.name in self._planned:
+            raise RefusedError(
+                "planning", f"{record.name} is being watched for a plan, for some seconds; then migrate it"
+            )
         if self.is_migrating(record.name):
             raise RefusedError(
                 "migrating", f"{record.name} is being migrated already; outboard cancel {record.name} stops that"
@@ -84,18 +130,6 @@ class Departures:
                 f"here; outboard explain {given.migration} says why. Only if it does not run there: remove "
                 f"{record.directory / DEPARTING} and let QEMU go on (QMP cont), or outboard stop {record.name}",
             )
-        migration = secrets.token_hex(8)
-        task = Depart(
-            migration=migration,
-            vm=record.name,
-            source=self._config.name,
-            destination=target,
-            options=options,
-            began=time.monotonic(),
-            throttle_gain=self._history.throttle_gain(record.name),
-        )
-        log.info("migration begins", migration=migration, vm=record.name, host=target.name)
-        return self._begin(task)
 
     def _begin(self, task: Depart) -> Running:
         running = self.running.add(
@@ -160,3 +194,20 @@ class Departures:
             loop.call_soon_threadsafe(self._begin, msgspec.structs.replace(leaving, again=True))
         elif journal.exists():
             self._take_back(record)
+
+
+def _planned_by(pipe: Connection) -> Plan:
+    """The plan that an engine makes; in a thread that waits for it.
+
+    :raise OutboardError: it has ended without one.
+    """
+    with contextlib.closing(pipe):
+        try:
+            report = pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise OutboardError("the engine that made the plan has died; nothing was moved, ask again") from error
+    try:
+        return msgspec.json.decode(report, type=Plan)
+    except msgspec.ValidationError:
+        refused = msgspec.json.decode(report, type=Refused)
+        raise error_of(refused.exit_code, refused.why) from None

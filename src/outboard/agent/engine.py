@@ -18,10 +18,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
+from outboard.agent import planning
 from outboard.agent.config import state_dir
 from outboard.agent.history import History
 from outboard.agent.manager import Manager
+from outboard.agent.planning import Planning
 from outboard.agent.succession import keep_task, left_task, only_one
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import NeedsRecoveryError, OutboardError, UnreachableError
@@ -32,6 +35,7 @@ from outboard.migrate.desk import Destination, Order
 from outboard.migrate.destination import Incoming, check_layout
 from outboard.migrate.messages import Prepare
 from outboard.migrate.method import Options
+from outboard.migrate.plan import Plan
 from outboard.migrate.report import Progress, Summary
 from outboard.migrate.source import Outgoing
 from outboard.migrate.states import State
@@ -96,6 +100,9 @@ class Manage(msgspec.Struct, frozen=True, tag="manage"):
     successor: bool
 
 
+Task = Depart | Receive | Manage | Planning
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """An engine that could not even begin, and why."""
 
@@ -145,10 +152,10 @@ class PipeDesk:
             return None
         return order
 
-    def report(self, report: Progress | Summary | Ready | Managing | Refused | Ended) -> None:
+    def report(self, report: Progress | Summary | Plan | Ready | Managing | Refused | Ended) -> None:
         self.tell(report)
 
-    def tell(self, report: Progress | Summary | Ready | Managing | Refused | Ended) -> bool:
+    def tell(self, report: Progress | Summary | Plan | Ready | Managing | Refused | Ended) -> bool:
         """Report; whether there was an agent to hear it."""
         try:
             self._pipe.send_bytes(msgspec.json.encode(report))
@@ -164,7 +171,7 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
     # It sleeps nearly always, and what it does while a guest is paused is that guest's blackout.
     sched.favour_this_process()
     desk = PipeDesk(pipe)
-    work: Depart | Receive | Manage = msgspec.json.decode(task, type=Depart | Receive | Manage)
+    work: Task = msgspec.json.decode(task, type=Task)
     try:
         match work:
             case Depart():
@@ -174,6 +181,9 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
                     History(state_dir() / "history.db").keep(summary)
             case Receive():
                 _receive(work, desk, Registry(Path(runtime)), Path(identity))
+            case Planning():
+                random = np.random.default_rng()
+                desk.report(planning.make(work, Registry(Path(runtime)).get(work.vm), Path(identity), random))
             case Manage():
                 _manage(work, desk, Registry(Path(runtime)))
     except OutboardError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from outboard.agent.engine import Depart, Manage, Receive, run_engine
+from outboard.agent.engine import Task, run_engine
 from outboard.vmm.registry import Registry
 
 
@@ -33,7 +33,7 @@ class Engines:
         first.start()
         first.join()
 
-    def start(self, task: Depart | Receive | Manage) -> Connection:
+    def start(self, task: Task) -> Connection:
         """Start one, and return the pipe that it listens and reports on."""
         ours, theirs = self._context.Pipe()
         engine = self._context.Process(

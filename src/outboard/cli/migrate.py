@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from outboard.cli import api
 from outboard.cli.output import Bandwidth, Duration, output_option, print_json, size_text
+from outboard.cli.plan import show_plan
 from outboard.errors import OutboardError, error_of
 from outboard.migrate import report
 from outboard.migrate.messages import MAX_STREAMS
@@ -62,21 +63,30 @@ _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.D
     help="Connections for the bulk; without it by the processors and the link.",
 )
 @click.option("--verify", is_flag=True, help="Stay paused until all has arrived and compare digests of every page.")
+@click.option("--plan", "planned", is_flag=True, help="Move nothing: watch the VM for 3 s, and say what would happen.")
 @click.option("--wait/--detach", default=True, show_default=True, help="Follow it, or return once it has begun.")
 @output_option("table", "json", "ndjson")
 def migrate(
     vm: str,
     host: str,
     goal: str | None,
+    planned: bool,
     wait: bool,
     output: str,
     **options: Any,
 ) -> None:
     """Move the running VM to HOST, as named in agent.toml.
 
+    With --plan nothing is moved: what each method would do is said as ranges, and what stands in the way; exit code 4
+    if anything does.
+
     Ctrl-C once stops following and lets the migration go on; twice within the command cancels it.
     """
-    migration = api.call("POST", "/v1/migrations", _request(vm, host, goal, options))["migration"]
+    request = _request(vm, host, goal, options)
+    if planned:
+        show_plan(api.call("POST", "/v1/plans", request), output)
+        return
+    migration = api.call("POST", "/v1/migrations", request)["migration"]
     if not wait:
         if output == "table":
             click.echo(migration)
