@@ -53,9 +53,9 @@ def test_what_is_not_sent_is_due_and_ranked_also_what_had_no_turn(
     devices: Devices, outbox: Outbox, findings: Findings
 ) -> None:
     outbox.sent[2] = 1
-    assert devices.due().numbers().tolist() == [1, 3, 4, 0x10, 0x11]
+    assert devices.due().numbers().tolist() == [1, 3, 4, 0x10, 0x11, 0xC0, 0xC1, 0xC2]
     assert outbox.rank[[1, 4, 0x10, 0x11]].tolist() == [ranking.QUEUES] * 2 + [ranking.IN_FLIGHT] * 2
-    assert findings.queue_pages == 6
+    assert findings.queue_pages == 9
     assert devices.hit([2, 0x11, 0x12, -1, 1 << 40]) == 2
 
 

@@ -43,6 +43,9 @@ _TOP = 1 << 62
 _MOST_INDIRECT = 1024
 """Entries of one indirect table: QEMU takes no longer ones (VIRTQUEUE_MAX_SIZE)."""
 
+_VAPIC_ROM = (0xC0000, 0x3000)
+"""The option ROM of the virtual APIC on x86, which QEMU reads as it loads that device."""
+
 _DESCRIPTOR = struct.Struct("<QIHH")
 """struct virtq_desc: address, length, flags, next; of a packed ring address, length, id, flags."""
 _NEXT, _INDIRECT = 1, 4
@@ -193,8 +196,11 @@ class DevicePages:
         self._queues = found.queues
 
     def rings(self) -> PageSet:
-        """Those of the rings."""
-        parts = [self._numbers(address, size) for queue in self._queues for address, size in queue.parts()]
+        """Those of the rings, and what QEMU itself reads as it loads its devices."""
+        if not self._queues:
+            return PageSet(self._guest.pages)
+        places = [_VAPIC_ROM, *(part for queue in self._queues for part in queue.parts())]
+        parts = [self._numbers(address, size) for address, size in places]
         return self._set(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
 
     def in_flight(self) -> PageSet:
