@@ -82,6 +82,12 @@ class Host:
             self._agent.wait(30)
             self._agent = None
 
+    @property
+    def agent_pid(self) -> int:
+        """The agent's process."""
+        assert self._agent is not None
+        return self._agent.pid
+
     def kill_agent(self) -> None:
         """End the agent by SIGKILL."""
         assert self._agent is not None

@@ -47,9 +47,9 @@ class Devices:
 
         :raise KernelError: the guest's memory cannot be read.
         """
-        if self._told is None:
+        if self._told is None or not (rings := self._told.rings()):
             return PageSet(self._outbox.pages)
-        rings, in_flight = self._told.rings(), self._told.in_flight()
+        in_flight = self._told.in_flight()
         if self._outbox.unit > 1:
             # A large page cannot be there in part.
             rings, in_flight = rings.widened(self._outbox.unit), in_flight.widened(self._outbox.unit)

@@ -40,6 +40,8 @@ class Stale:
 
     def _found(self, also: PageSet | None = None) -> PageSet:
         """Those that were sent and are stale; from now on ``also`` is watched too, which goes next."""
+        if self.trace is None:
+            return PageSet(self._outbox.pages)
         sent = self._outbox.already_sent()
         written = self._written(sent if also is None else sent | also)
         ranking.revive(self._outbox, written)
