@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from typing import Any
 
 import pytest
 
 from outboard.linux import proc
-from tests.support.cluster import Cluster, Vm, summary_of
+from tests.support.cluster import Cluster, Vm, summary_of, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -103,3 +105,20 @@ def test_what_stands_in_the_way_is_named(vm: Vm, cluster: Cluster) -> None:
     assert plan["watched"] is None
     assert vm.cluster.a.outboard("release", vm.name).returncode == 0
     vm.verify("a")
+
+
+def test_a_plan_whose_engine_is_killed_leaves_nothing(vm: Vm) -> None:
+    before = set(proc.descriptors(vm.record("a").pid).values())
+    process = vm.cluster.a.popen("migrate", vm.name, "b", "--plan")
+    engine = vm.cluster.a.engine()
+    done = vm.cluster.a.outboard("migrate", vm.name, "b")
+    os.kill(engine, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "nothing was moved" in errors
+    assert done.returncode == 4
+    assert "being watched for a plan" in done.stderr
+    wait_for(lambda: set(proc.descriptors(vm.record("a").pid).values()) == before, "the trace's end")
+    done = vm.cluster.a.outboard("migrate", vm.name, "b")
+    assert done.returncode == 0, done.stderr
+    vm.verify("b")
