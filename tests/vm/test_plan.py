@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from outboard.linux import proc
+from outboard.vmm.clamp import registrations
 from tests.support.cluster import Cluster, Vm, summary_of, wait_for
 
 pytestmark = pytest.mark.slow
@@ -22,6 +23,14 @@ def planned(vm: Vm, target: str, *options: str) -> tuple[int, dict[str, Any], st
     return done.returncode, plan, done.stderr
 
 
+def traced(vm: Vm) -> bool:
+    """Whether somebody's userfaultfd is open inside the VM's QEMU, or holds its memory."""
+    pid = vm.record("a").pid
+    with vm.record("a").attach(managed=True) as guest:
+        inside = any("userfaultfd" in link for link in proc.descriptors(pid).values())
+        return inside or any(registrations(pid, guest.regions))
+
+
 def within(span: dict[str, float | None], value: float) -> bool:
     low, high = span["low"], span["high"]
     assert low is not None
@@ -30,7 +39,6 @@ def within(span: dict[str, float | None], value: float) -> bool:
 
 @pytest.mark.parametrize("method", ["enlightened", "post-copy", "pre-copy", "hybrid"])
 def test_the_migration_that_follows_keeps_within_the_plan(vm: Vm, method: str) -> None:
-    before = set(proc.descriptors(vm.record("a").pid).values())
     options = (f"--{method}", "--max-downtime", "1s", "--max-bandwidth", "60MB")
     code, plan, errors = planned(vm, "b", *options)
     assert code == 0, errors
@@ -39,7 +47,7 @@ def test_the_migration_that_follows_keeps_within_the_plan(vm: Vm, method: str) -
     # Some of 5,000 writes a second hit the same page.
     soon, first = plan["watched"]["growth"][0]
     assert 500 < first / soon < 50000
-    assert set(proc.descriptors(vm.record("a").pid).values()) == before
+    assert not traced(vm)
     assert not vm.cluster.b.has(vm.name)
     expected = next(one for one in plan["expected"] if one["method"] == method)
     assert expected["ends"]
@@ -108,7 +116,6 @@ def test_what_stands_in_the_way_is_named(vm: Vm, cluster: Cluster) -> None:
 
 
 def test_a_plan_whose_engine_is_killed_leaves_nothing(vm: Vm) -> None:
-    before = set(proc.descriptors(vm.record("a").pid).values())
     process = vm.cluster.a.popen("migrate", vm.name, "b", "--plan")
     engine = vm.cluster.a.engine()
     done = vm.cluster.a.outboard("migrate", vm.name, "b")
@@ -118,7 +125,7 @@ def test_a_plan_whose_engine_is_killed_leaves_nothing(vm: Vm) -> None:
     assert "nothing was moved" in errors
     assert done.returncode == 4
     assert "being watched for a plan" in done.stderr
-    wait_for(lambda: set(proc.descriptors(vm.record("a").pid).values()) == before, "the trace's end")
+    wait_for(lambda: not traced(vm), "the trace's end")
     done = vm.cluster.a.outboard("migrate", vm.name, "b")
     assert done.returncode == 0, done.stderr
     vm.verify("b")

@@ -71,12 +71,13 @@ def _print(plan: Plan) -> None:
                 _span(one.resume_s, "s", digits=1),
                 _span(one.blackout_ms, "ms"),
                 _sizes(one.bytes),
-                one.verdict,
             ]
             for one in plan.expected
         ]
-        print_table(["method", "total", "to the resume", "blackout", "sent", ""], rows, empty="")
+        print_table(["method", "total", "to the resume", "blackout", "sent"], rows, empty="")
+        for one in plan.expected:
+            click.echo(f"{one.method.value:<11} {one.verdict}")
     if plan.recommended is not None:
-        click.echo(f"* {plan.recommended.value}: {plan.why}")
-    for one in plan.blockers:
-        click.echo(f"blocked   at {one.at} ({one.reason}): {one.words}")
+        click.echo(f"*           {plan.recommended.value}: {plan.why}")
+    for blocker in plan.blockers:
+        click.echo(f"blocked   at {blocker.at} ({blocker.reason}): {blocker.words}")
