@@ -100,11 +100,13 @@ class Departures:
         past = past_of(self._history, vm, host)
         task = Planning(vm, self._config.name, target, options, past, blockers)
         log.info("plan begins", vm=vm, host=host)
-        self._planned.add(vm)
+        # One that something stands in the way of is not watched.
+        watched = set() if blockers else {vm}
+        self._planned |= watched
         try:
             return await asyncio.to_thread(_planned_by, self._engines.start(task))
         finally:
-            self._planned.discard(vm)
+            self._planned -= watched
 
     def _check(self, record: VmRecord) -> None:
         """See that nothing is known to stand in the way of the VM's departure; errors as :meth:`depart`."""

@@ -16,6 +16,7 @@ from outboard.migrate.method import Options
 from outboard.migrate.plan import Blocker, Past, Plan, Watched, recommend
 from outboard.migrate.predict import link_of, predict
 from outboard.migrate.states import State
+from outboard.vmm.device_state import runs
 from outboard.vmm.registry import VmRecord
 
 WATCHED_S = 3.0
@@ -87,6 +88,7 @@ def make(work: Planning, record: VmRecord, identity: Path, random: np.random.Gen
 
 def _look(record: VmRecord, random: np.random.Generator) -> tuple[Watched, tuple[int, int]]:
     with record.attach() as guest:
+        runs(guest.monitor, guest.name)
         version = guest.monitor.execute("query-version")["qemu"]
         return watch(guest, WATCHED_S, random), (int(version["major"]), int(version["minor"]))
 
