@@ -165,8 +165,9 @@ def link_of(probe: float | None, rates: Sequence[float], limit: int | None) -> L
     if rates:
         low, high, known = 0.6 * min(rates), 1.4 * max(rates), f"{len(rates)} earlier migrations to that host"
     elif probe is not None:
-        # A burst costs neither end the reading, sorting and placing of pages.
-        low, high, known = 0.3 * probe, 1.1 * probe, f"a burst that was carried at {probe / 1e6:.0f} MB/s"
+        # A burst costs neither end the reading, sorting and placing of pages; and it is short: whatever else a host had
+        # to do in that moment made it look slow.
+        low, high, known = 0.3 * probe, 3 * probe, f"a burst that was carried at {probe / 1e6:.0f} MB/s"
     elif limit is not None:
         low, high, known = 0.2 * limit, 1.0 * limit, "the limit alone"
     else:
