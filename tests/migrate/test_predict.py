@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from outboard.migrate.codec import Compress
 from outboard.migrate.method import Goal, Method, Options
 from outboard.migrate.plan import Expected, Link, Past, Range, Watched, recommend
 from outboard.migrate.predict import link_of, play, predict
@@ -40,7 +41,7 @@ def of(method: Method, seen: Watched, options: Options | None = None, past: Past
 
 def test_a_quiet_guest_ends_by_every_method_and_free_pages_do_not_go() -> None:
     for method in Method:
-        one = of(method, watched(10))
+        one = of(method, watched(10), Options(compress=Compress.NONE))
         assert one.ends
         assert one.share == 1
         assert one.total_s.high is not None
@@ -83,8 +84,19 @@ def test_what_earlier_migrations_tell_narrows_the_ranges() -> None:
 
 
 def test_without_hints_free_pages_go_too() -> None:
-    asked, silent = of(Method.HYBRID, watched(10)), of(Method.HYBRID, watched(10), Options(hints=False))
+    asked = of(Method.HYBRID, watched(10), Options(compress=Compress.NONE))
+    silent = of(Method.HYBRID, watched(10), Options(compress=Compress.NONE, hints=False))
     assert silent.bytes.low == pytest.approx(asked.bytes.low + 4500 * PAGE_SIZE, rel=0.01)
+
+
+def test_packing_may_save_what_was_tried_and_more() -> None:
+    packed, plain = (
+        of(Method.ENLIGHTENED, watched(10)),
+        of(Method.ENLIGHTENED, watched(10), Options(compress=Compress.NONE)),
+    )
+    assert packed.bytes.low < 0.3 * plain.bytes.low
+    assert packed.bytes.high == plain.bytes.high
+    assert packed.total_s.low < plain.total_s.low
 
 
 def test_a_pause_that_is_verified_is_as_long_as_the_rest() -> None:

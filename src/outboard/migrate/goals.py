@@ -12,21 +12,23 @@ from typing import Any
 import msgspec
 
 from outboard.errors import UsageError
+from outboard.migrate.codec import Compress
 from outboard.migrate.method import Goal, Method, Options
 
 SETTINGS: Mapping[Goal, Mapping[str, Any]] = {
     Goal.DOWNTIME: {"method": Method.ENLIGHTENED, "hints": True, "max_downtime": 0.1},
     Goal.TIME: {"method": Method.ENLIGHTENED, "hints": True},
-    Goal.BANDWIDTH: {"method": Method.ENLIGHTENED, "hints": True},
-    Goal.GUEST_SPEED: {"method": Method.HYBRID, "hints": True, "throttle": False},
+    Goal.BANDWIDTH: {"method": Method.ENLIGHTENED, "hints": True, "compress": Compress.ZSTD},
+    Goal.GUEST_SPEED: {"method": Method.HYBRID, "hints": True, "throttle": False, "compress": Compress.NONE},
 }
 """What each goal sets; what is not named keeps its default."""
 
 WHY: Mapping[Goal, str] = {
     Goal.DOWNTIME: "each page goes once after a short pause, in which re-sending may take no more than 25 ms",
     Goal.TIME: "what the guest holds free does not go, and each page goes once after the resume, whatever it writes",
-    Goal.BANDWIDTH: "what the guest holds free does not go, and a page that is written after it went rarely goes again",
-    Goal.GUEST_SPEED: "rounds while they help, so that few pages are missing after the resume; no vCPU is held back",
+    Goal.BANDWIDTH: "what the guest holds free does not go, few pages go twice, and all are packed",
+    Goal.GUEST_SPEED: "rounds while they help, so that few pages are missing after the resume; nobody is held back, "
+    "and packing takes no processor from the guest",
 }
 """Why these settings serve the goal."""
 
