@@ -120,19 +120,19 @@ def test_rounds_are_played_as_they_are_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probe", "rates", "limit", "low", "high", "words"),
+    ("bursts", "rates", "limit", "low", "high", "words"),
     [
-        (100e6, [], None, 30e6, 300e6, "burst"),
-        (100e6, [50e6, 80e6], None, 30e6, 112e6, "2 earlier migrations"),
-        (100e6, [], 10_000_000, 8e6, 11e6, "limit of 10 MB/s"),
-        (None, [], 10_000_000, 2e6, 10e6, "the limit alone"),
-        (None, [], None, 10e6, 1.25e9, "nothing"),
+        ([50e6, 100e6], [], None, 15e6, 300e6, "bursts that were carried at 50 to 100 MB/s"),
+        ([100e6], [50e6, 80e6], None, 30e6, 112e6, "2 earlier migrations"),
+        ([100e6], [], 10_000_000, 8e6, 11e6, "limit of 10 MB/s"),
+        ([], [], 10_000_000, 2e6, 10e6, "the limit alone"),
+        ([], [], None, 10e6, 1.25e9, "nothing"),
     ],
 )
 def test_how_fast_the_link_is(
-    probe: float | None, rates: list[float], limit: int | None, low: float, high: float, words: str
+    bursts: list[float], rates: list[float], limit: int | None, low: float, high: float, words: str
 ) -> None:
-    link = link_of(probe, rates, limit)
+    link = link_of(bursts, rates, limit)
     assert link.rate.low == pytest.approx(low)
     assert link.rate.high == pytest.approx(high)
     assert words in link.known_from

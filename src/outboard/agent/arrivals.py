@@ -28,7 +28,7 @@ from outboard.errors import (
     error_of,
 )
 from outboard.migrate import messages
-from outboard.migrate.probe import take_burst
+from outboard.migrate.probe import BURSTS, take_burst
 from outboard.vmm.device_state import awaits_state
 from outboard.vmm.launch import end_unrecorded, stop
 from outboard.vmm.registry import Registry, VmRecord
@@ -91,10 +91,13 @@ class Arrivals:
             )
 
     def _probe(self, probe: messages.Probe, channel: Channel) -> messages.Carried:
+        """Answer a probe; its last answer is left to the caller to send."""
         self._authorise(channel.peer_name)
         found = blockers(probe.spec, probe.qemu, self._registry, here=self._config.name)
         said = [messages.Hindrance(one.reason, one.words) for one in found]
         channel.send_message(messages.encode(messages.Probed(said)))
+        for _ in range(BURSTS - 1):
+            channel.send_message(messages.encode(take_burst(channel)))
         return take_burst(channel)
 
     def _prepare(self, prepare: messages.Prepare, source: str) -> messages.Prepared:

@@ -64,12 +64,12 @@ def make(work: Planning, record: VmRecord, identity: Path, random: np.random.Gen
             blockers.append(Blocker(work.source, error.reason, str(error)))
         except OutboardError as error:
             blockers.append(Blocker(work.source, "not-attached", str(error)))
-    there, burst = _ask(work, record, version, identity)
+    there, bursts = _ask(work, record, version, identity)
     blockers += there
     expected, link = [], None
     recommended, why = None, "the VM could not be looked at"
     if watched is not None:
-        link = link_of(burst, work.past.rates, work.options.max_bandwidth)
+        link = link_of(bursts, work.past.rates, work.options.max_bandwidth)
         expected = predict(watched, link, work.past, work.options)
         recommended, why = recommend(expected, work.options.goal)
     return Plan(
@@ -95,13 +95,13 @@ def _look(record: VmRecord, random: np.random.Generator) -> tuple[Watched, tuple
 
 def _ask(
     work: Planning, record: VmRecord, version: tuple[int, int] | None, identity: Path
-) -> tuple[list[Blocker], float | None]:
-    """What stands in the way there, and the rate of a burst."""
+) -> tuple[list[Blocker], list[float]]:
+    """What stands in the way there, and the rates of bursts."""
     try:
-        probed, burst = probe.ask(work.destination, identity, messages.Probe(record.spec_text(), version))
+        probed, bursts = probe.ask(work.destination, identity, messages.Probe(record.spec_text(), version))
     except (UnreachableError, NotAuthorisedError) as error:
         reason = "unreachable" if isinstance(error, UnreachableError) else "not-authorised"
-        return [Blocker(work.destination.name, reason, str(error))], None
+        return [Blocker(work.destination.name, reason, str(error))], []
     except OutboardError as error:
-        return [Blocker(work.destination.name, "not-asked", str(error))], None
-    return [Blocker(work.destination.name, one.reason, one.words) for one in probed.hindrances], burst
+        return [Blocker(work.destination.name, "not-asked", str(error))], []
+    return [Blocker(work.destination.name, one.reason, one.words) for one in probed.hindrances], bursts

@@ -164,18 +164,19 @@ def _verdict(method: Method, ends: bool | None, share: float) -> str:
     return "ends without anybody held back"
 
 
-def link_of(probe: float | None, rates: Sequence[float], limit: int | None) -> Link:
+def link_of(bursts: Sequence[float], rates: Sequence[float], limit: int | None) -> Link:
     """What the bulk may be expected to reach.
 
-    :param probe: bytes/s of a short burst to the destination; :param rates: of earlier migrations' bulk;
+    :param bursts: bytes/s of short bursts to the destination; :param rates: of earlier migrations' bulk;
     :param limit: the user's.
     """
     if rates:
         low, high, known = 0.6 * min(rates), 1.4 * max(rates), f"{len(rates)} earlier migrations to that host"
-    elif probe is not None:
+    elif bursts:
         # A burst costs neither end the reading, sorting and placing of pages; and it is short: whatever else a host had
         # to do in that moment made it look slow.
-        low, high, known = 0.3 * probe, 3 * probe, f"a burst that was carried at {probe / 1e6:.0f} MB/s"
+        low, high = 0.3 * min(bursts), 3 * max(bursts)
+        known = f"bursts that were carried at {min(bursts) / 1e6:.0f} to {max(bursts) / 1e6:.0f} MB/s"
     elif limit is not None:
         low, high, known = 0.2 * limit, 1.0 * limit, "the limit alone"
     else:
