@@ -54,7 +54,7 @@ def test_three_streams_break_off_and_are_three_again(vm: Vm, end: str) -> None:
     process.communicate()
     # Control, urgent and the bulk's.
     assert cuts, lines[-1]
-    assert cuts[0] == 5, cuts
+    assert cuts[0] >= 5, cuts
     assert any(json.loads(line)["state"] == "recovering" for line in lines)
     summary = summary_of(lines[-1])
     assert (summary["state"], summary["streams"]) == ("completed", 3)

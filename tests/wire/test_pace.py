@@ -94,7 +94,7 @@ def test_what_the_user_limits_is_not_taken_for_the_link(limit: float) -> None:
         sent += pace * STEP
         acknowledged = int(sent) // 65536 * 65536
         estimate.sample(acknowledged, 50 + int(65536 / pace * 1e6), 50, busy=True, limit=limit)
-    assert estimate.rate is None or estimate.rate > 0.7 * limit
+    assert estimate.rate is None
 
 
 def test_a_link_slower_than_the_limit_is_found_out() -> None:
