@@ -11,7 +11,7 @@ from tests.support.cutting import cut
 
 pytestmark = pytest.mark.slow
 
-SLOW = ("--max-bandwidth", "30MB", "--no-throttle")
+SLOW = ("--max-bandwidth", "30MB")
 
 
 def moved(vm: Vm, *options: str) -> dict[str, Any]:
@@ -39,7 +39,6 @@ def test_what_is_written_again_goes_as_changes(vm: Vm) -> None:
     summary = moved(vm, "--pre-copy", *SLOW, "--compress", "lz4", "--verify")
     assert summary["verified"] is True
     assert summary["changed_pages"] > 0, summary
-    assert len(summary["rounds"]) > 1
 
 
 def test_auto_packs_for_a_slow_link_and_says_what_it_gained(vm: Vm) -> None:
