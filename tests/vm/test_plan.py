@@ -118,6 +118,8 @@ def test_what_stands_in_the_way_is_named(vm: Vm, cluster: Cluster) -> None:
 def test_a_plan_whose_engine_is_killed_leaves_nothing(vm: Vm) -> None:
     process = vm.cluster.a.popen("migrate", vm.name, "b", "--plan")
     engine = vm.cluster.a.engine()
+    # Held, so that it is still at work when the next command comes, however slow that is.
+    os.kill(engine, signal.SIGSTOP)
     done = vm.cluster.a.outboard("migrate", vm.name, "b")
     os.kill(engine, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
