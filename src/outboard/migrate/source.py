@@ -15,7 +15,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import CancelledError, NeedsRecoveryError, OutboardError, PeerError, UnreachableError
+from outboard.errors import (
+    CancelledError,
+    NeedsRecoveryError,
+    OutboardError,
+    PeerError,
+    RefusedError,
+    UnreachableError,
+)
 from outboard.linux import pidfd, sched
 from outboard.migrate import messages, ranking
 from outboard.migrate.delivery import Delivery, SwornOffError
@@ -222,11 +229,8 @@ class Outgoing:
                 streams=streams,
             )
         )
-        if self._wants_trace:
-            self._stale.trace = open_write_trace(guest, coarse=True)
-            statistics = self._stale.trace.statistics()
-            self.findings.trace = statistics.backend
-            self.findings.arm_ms = statistics.armed_ns / 1e6
+        if self._needs_trace:
+            self._arm()
         ranking.rank_all(self.outbox, guest.memory.populated())
         with self._hints.gathering(self._stale.trace):
             self._departure = Departure(guest, self._directory, running=self._running)
@@ -234,9 +238,19 @@ class Outgoing:
             if self.options.method.resumes_early:
                 self.devices.ask()
             self._steering.until(lambda: self.line.is_open and self._hints.told, STEP_S)
+        if not self._needs_trace:
+            # Where the kernel has one: QEMU may write to pages as it saves devices, and they be asked for before that.
+            with contextlib.suppress(RefusedError):
+                self._arm()
+
+    def _arm(self) -> None:
+        self._stale.trace = open_write_trace(self.guest, coarse=True)
+        statistics = self._stale.trace.statistics()
+        self.findings.trace = statistics.backend
+        self.findings.arm_ms = statistics.armed_ns / 1e6
 
     @property
-    def _wants_trace(self) -> bool:
+    def _needs_trace(self) -> bool:
         # Where nobody tells what is free, everything goes, written or not.
         method = self.options.method
         return method.rounds or (method is Method.ENLIGHTENED and self.guest.agent_path is not None)
