@@ -175,7 +175,8 @@ def _play_rounds(scene: Scene, rounds: int, seed: int, account: Account, console
             _note_broken(scene, account, console, (luck.hit, luck.words), error)
             continue
         wrong = judge(outcome, faults)
-        account.note(when, what, outcome, repaired, wrong)
+        # By the state alone: what the method was is told above.
+        account.note(when.partition(" (")[0], what, outcome, repaired, wrong)
         state = "-" if outcome.state is None else outcome.state.value
         words = f"{number}: {when}, {what}: exit {outcome.exit_code}, {state}, the VM is at: {outcome.place.value}"
         console.print(words, markup=False, highlight=False)
