@@ -46,3 +46,11 @@ def test_what_devices_are_about_to_touch_goes_ahead_of_all_and_the_rings_ahead_o
     assert outbox.rank[[30, 9, 31]].tolist() == [ranking.QUEUES, ranking.IN_FLIGHT, ranking.IN_FLIGHT]
     assert now == some(9, 30)
     assert later == some(29, 31)
+
+
+def test_what_has_gone_as_the_free_part_of_a_large_page_is_not_brought_to_life_by_devices() -> None:
+    outbox = Outbox(PAGES)
+    ranking.rank_all(outbox, ~some(9, 10))
+    outbox.sent[[8, 9]] = 1
+    ranking.rank_devices(outbox, some(8, 9), some(10))
+    assert outbox.rank[[8, 9, 10]].tolist() == [ranking.QUEUES, NEVER, ranking.IN_FLIGHT]

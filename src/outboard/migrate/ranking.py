@@ -77,9 +77,13 @@ def rank_touched(outbox: Outbox, pages: PageSet) -> None:
 
 
 def rank_devices(outbox: Outbox, rings: PageSet, in_flight: PageSet) -> None:
-    """What devices are about to touch goes before all else, their rings first."""
-    outbox.rank[in_flight.mask()] = IN_FLIGHT
-    outbox.rank[rings.mask()] = QUEUES
+    """What devices are about to touch goes before all else, their rings first.
+
+    What has gone without having a turn, as the free part of a large page, has none now.
+    """
+    gone = (outbox.rank == NEVER) & (outbox.sent != 0)
+    np.copyto(outbox.rank, np.uint8(IN_FLIGHT), where=in_flight.mask() & ~gone)
+    np.copyto(outbox.rank, np.uint8(QUEUES), where=rings.mask() & ~gone)
 
 
 def split_stale(outbox: Outbox, stale: PageSet, most: int) -> tuple[PageSet, PageSet]:

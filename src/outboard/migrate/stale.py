@@ -111,4 +111,8 @@ class Stale:
         except KernelError:
             # QEMU has died, and with it what had been written: whatever has memory may be alive.
             alive = self._guest.memory.populated()
+        if self._outbox.unit > 1:
+            # A coarse trace names all of a large page. What of it was free, and went as zeros, stays free: had it been
+            # written to, it would have been found stale.
+            alive -= self._outbox.already_sent()
         ranking.revive(self._outbox, alive)
