@@ -114,28 +114,12 @@ CELLS: dict[tuple[Moment, Fault], Outcome] = {
 
 _F = Fault
 IN_TESTS: dict[Moment, tuple[Fault, ...]] = {
-    Moment.PREPARING: (
-        _F.CANCEL,
-        _F.CUT,
-        _F.SOURCE_ENGINE,
-        _F.TARGET_ENGINE,
-        _F.TARGET_VMM,
-        _F.SOURCE_AGENT,
-        _F.TARGET_AGENT,
-    ),
-    Moment.COPYING: (_F.CUT, _F.TARGET_AGENT),
-    Moment.SWITCHING: (_F.CANCEL, _F.CUT, _F.TARGET_ENGINE, _F.TARGET_VMM),
-    Moment.COMMITTED: (_F.CANCEL, _F.CUT, _F.SOURCE_MUTE, _F.SOURCE_ENGINE, _F.TARGET_ENGINE, _F.SOURCE_VMM),
+    Moment.PREPARING: (_F.CANCEL, _F.SOURCE_ENGINE, _F.TARGET_ENGINE, _F.TARGET_VMM),
+    Moment.COPYING: (_F.CUT,),
+    Moment.SWITCHING: (_F.CANCEL, _F.TARGET_ENGINE, _F.TARGET_VMM),
+    Moment.COMMITTED: (_F.CANCEL, _F.CUT, _F.SOURCE_ENGINE, _F.TARGET_ENGINE, _F.SOURCE_VMM),
     Moment.TAKEN: (_F.CUT, _F.SOURCE_ENGINE, _F.TARGET_ENGINE, _F.TARGET_VMM),
-    Moment.POSTCOPY: (_F.TARGET_MUTE, _F.TARGET_AGENT),
-    Moment.RECOVERING: (
-        _F.CANCEL,
-        _F.CUT,
-        _F.SOURCE_ENGINE,
-        _F.TARGET_ENGINE,
-        _F.SOURCE_AGENT,
-        _F.TARGET_AGENT,
-        _F.SOURCE_VMM,
-    ),
+    Moment.POSTCOPY: (_F.TARGET_AGENT,),
+    Moment.RECOVERING: (_F.CUT, _F.SOURCE_ENGINE, _F.TARGET_ENGINE, _F.SOURCE_VMM),
 }
-"""The cells that no other test shows; ``script/chaos migrate`` plays all."""
+"""The cells that the tests play: of those that no other test shows the quicker; ``script/chaos migrate`` plays all."""

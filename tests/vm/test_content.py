@@ -22,8 +22,9 @@ def moved(vm: Vm, *options: str) -> dict[str, Any]:
     return summary_of(done.stdout)
 
 
-@pytest.mark.parametrize("method", ["enlightened", "post-copy", "pre-copy", "hybrid"])
-@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+@pytest.mark.parametrize(
+    ("method", "codec"), [("enlightened", "lz4"), ("post-copy", "zstd"), ("pre-copy", "zstd"), ("hybrid", "lz4")]
+)
 def test_pages_go_packed(vm: Vm, method: str, codec: str) -> None:
     summary = moved(vm, f"--{method}", "--compress", codec)
     # 64 MiB of what the guest writes are noise, the kernel and its programs are not.
@@ -56,7 +57,7 @@ def test_none_sends_pages_as_they_are(vm: Vm) -> None:
     assert summary["changed_pages"] == summary["reference_pages"] == 0
 
 
-@pytest.mark.parametrize("end", ["a", "b"])
+@pytest.mark.parametrize("end", ["b"])
 def test_streams_that_are_opened_again_begin_anew(vm: Vm, end: str) -> None:
     process = vm.cluster.a.popen(
         "migrate", vm.name, "b", "-o", "ndjson", "--post-copy", "--max-bandwidth", "10MB", "--compress", "zstd"

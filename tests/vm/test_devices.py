@@ -57,7 +57,7 @@ def test_the_rings_are_where_qemu_says(busy: Vm) -> None:
         assert len(told.rings()) >= len(found.queues)
 
 
-@pytest.mark.parametrize("method", ["enlightened", "post-copy", "hybrid"])
+@pytest.mark.parametrize("method", ["enlightened", "post-copy"])
 def test_devices_at_work_find_their_queues(busy: Vm, method: str) -> None:
     before = sectors_read(busy, "a")
     done = busy.cluster.a.outboard("migrate", busy.name, "b", f"--{method}", "-o", "ndjson", "--max-downtime", "1s")

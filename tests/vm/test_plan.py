@@ -37,7 +37,7 @@ def within(span: dict[str, float | None], value: float) -> bool:
     return low <= value and (high is None or value <= high)
 
 
-@pytest.mark.parametrize("method", ["enlightened", "post-copy", "pre-copy", "hybrid"])
+@pytest.mark.parametrize("method", ["enlightened", "pre-copy"])
 def test_the_migration_that_follows_keeps_within_the_plan(vm: Vm, method: str) -> None:
     options = (f"--{method}", "--max-downtime", "1s", "--max-bandwidth", "60MB")
     code, plan, errors = planned(vm, "b", *options)
