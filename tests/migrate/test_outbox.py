@@ -111,6 +111,16 @@ def test_large_pages_go_whole_in_the_turn_of_their_first_and_then_by_themselves(
     assert not outbox.unsent()
 
 
+def test_a_large_page_that_somebody_is_about_to_claim_has_no_parts() -> None:
+    outbox = Outbox(1024, unit=512)
+    outbox.rank[:] = 3
+    outbox.sent[0] = 1
+    assert outbox.due(0, 1024, 3, parts=False).tolist() == [[512, 512]]
+    assert outbox.due(0, 1024, 3).tolist() == [[1, 1023]]
+    outbox.sent[512] = 1
+    assert outbox.ranks_due(0, 1024, 9, parts=False) == []
+
+
 def test_of_two_who_want_a_large_page_one_gets_it() -> None:
     outbox = Outbox(1024, unit=512)
     assert outbox.claim_one(512)

@@ -185,6 +185,18 @@ def test_a_frame_of_all_kinds(scene: Scene, running: bool) -> None:
     assert (where[[10, 11, 13, 15, 21]] == Where.RESIDENT).all()
 
 
+def test_before_the_guest_runs_content_stands_also_over_what_was_not_known_to_be_present(scene: Scene) -> None:
+    """As where a hole was punched into a large page, and the kernel could not split that."""
+    place(scene.pager, 5, word(1) + word(2) + word(3))
+    scene.pager.residency.where[6] = Where.ZERO
+    place(scene.pager, 5, word(4) + word(5) + word(6))
+    assert [scene.target.ask(f"r {page}") for page in (5, 6, 7)] == ["4", "5", "6"]
+    scene.pager.residency.where[6] = Where.PEER
+    scene.pager.run()
+    place(scene.pager, 6, word(7))
+    assert scene.target.ask("r 6") == "5"
+
+
 def test_placing_in_a_process_that_has_ended_says_so(tmp_path: Path) -> None:
     with Target(mebibytes=1) as target, guest_of(target) as guest:
         memory = ArrivingMemory(guest, tmp_path)

@@ -326,10 +326,13 @@ class Incoming:
 
     def _settle(self, control: Conversation, faults: Worker) -> None:
         """Nothing is missing: give the memory back to QEMU whole, and say so."""
-        for worker in (self._rebuilding, faults):
-            if worker is not None:
-                worker.tell(b"stop")
-                worker.join()
+        if self._rebuilding is not None:
+            # What it has not done is done here.
+            with contextlib.suppress(OutboardError):
+                self._rebuilding.tell(b"stop")
+            self._rebuilding.join()
+        faults.tell(b"stop")
+        faults.join()
         self._large.finish()
         self._memory.release()
         served = self._counters.statistics()

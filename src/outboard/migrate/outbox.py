@@ -104,32 +104,41 @@ class Outbox:
         columns = self._CODECS + len(CODERS)
         self._counters: NDArray[np.int64] = shared_array(MAX_STREAMS * columns, np.int64).reshape(MAX_STREAMS, columns)
 
-    def due(self, first: int, count: int, rank: int, share: Share = ALL) -> Runs:
-        """Runs of the pages in ``[first, first + count)`` whose turn ``rank`` is and that nobody has sent."""
+    def due(self, first: int, count: int, rank: int, share: Share = ALL, *, parts: bool = True) -> Runs:
+        """Runs of the pages in ``[first, first + count)`` whose turn ``rank`` is and that nobody has sent.
+
+        :param parts: parts of large pages too; not while others claim those, which takes them a moment.
+        """
         part = self._part(first, count)
-        mask = (self._turns(part) == rank) & (self.sent[part] == 0)
+        turns, unsent = self._turns(part, parts=parts)
+        mask = (turns == rank) & unsent
         mine = share.within(part)
         return shifted(PageSet.from_mask(mask if mine is None else mask & mine).runs(), part.start)
 
-    def ranks_due(self, first: int, count: int, upto: int, share: Share = ALL) -> list[int]:
-        """Which ranks up to ``upto`` have pages due in ``[first, first + count)``, ascending."""
+    def ranks_due(self, first: int, count: int, upto: int, share: Share = ALL, *, parts: bool = True) -> list[int]:
+        """Which ranks up to ``upto`` have pages due in ``[first, first + count)``, ascending; ``parts`` as in due."""
         part = self._part(first, count)
-        unsent, mine = self.sent[part] == 0, share.within(part)
-        waiting = self._turns(part)[unsent if mine is None else unsent & mine]
+        turns, unsent = self._turns(part, parts=parts)
+        mine = share.within(part)
+        waiting = turns[unsent if mine is None else unsent & mine]
         return [int(rank) for rank in np.flatnonzero(np.bincount(waiting, minlength=256)[: upto + 1])]
 
     def _part(self, first: int, count: int) -> slice:
         low = first // self.unit * self.unit
         return slice(low, min(self.pages, -(-(first + count) // self.unit) * self.unit))
 
-    def _turns(self, part: slice) -> NDArray[np.uint8]:
-        rank = self.rank[part]
+    def _turns(self, part: slice, *, parts: bool) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """By which rank each page goes, and whether nobody has sent it."""
+        rank, unsent = self.rank[part], self.sent[part] == 0
         if self.unit == 1:
-            return rank
+            return rank, unsent
         blocks = rank.reshape(-1, self.unit)
-        whole: NDArray[np.bool_] = (self.sent[part].reshape(-1, self.unit) == 0).all(axis=1)
-        turns: NDArray[np.uint8] = np.where(whole[:, None], blocks.min(axis=1)[:, None], blocks)
-        return turns.reshape(-1)
+        least = np.broadcast_to(blocks.min(axis=1)[:, None], blocks.shape)
+        if not parts:
+            return least.reshape(-1), np.repeat(unsent[:: self.unit], self.unit)
+        whole: NDArray[np.bool_] = unsent.reshape(-1, self.unit).all(axis=1)
+        turns: NDArray[np.uint8] = np.where(whole[:, None], least, blocks)
+        return turns.reshape(-1), unsent
 
     def claim(self, first: int, count: int) -> NDArray[np.bool_]:
         """Take it upon oneself to send pages; which of them nobody else has."""

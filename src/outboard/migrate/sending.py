@@ -165,8 +165,10 @@ class BulkSender:
     def _walk(self, order: Send, began: float, share: Share) -> bool:
         if order.idle and self._outbox.halted:
             return False
-        for rank in self._outbox.ranks_due(order.first, order.count, order.upto, share):
-            due = self._outbox.due(order.first, order.count, rank, share)
+        # Parts of large pages go again only before the resume, when nobody else claims any.
+        parts = order.changes
+        for rank in self._outbox.ranks_due(order.first, order.count, order.upto, share, parts=parts):
+            due = self._outbox.due(order.first, order.count, rank, share, parts=parts)
             for batch in batches(due, self._outbox.unit):
                 self._send_batch(batch, changes=order.changes)
                 now = time.monotonic_ns()

@@ -126,7 +126,7 @@ class ArrivingMemory:
 
     def _copy(self, page: int, address: int) -> None:
         size = self.unit * PAGE_SIZE
-        answer = batches.copy(self.uffd.fileno(), self._hva(page), address, size, size)
+        answer = batches.copy(self.uffd.fileno(), self._hva(page), address, size, size, -1, 0)
         if answer < 0:
             raise KernelError(f"UFFDIO_COPY of page {page} of {self.guest.name}", -answer)
         self.residency.where[page : page + self.unit] = Where.RESIDENT

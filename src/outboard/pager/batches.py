@@ -65,13 +65,17 @@ def wake_range(uffd: int, hva: int, length: int) -> int:
         native.poll(0, 0, 1)
 
 
-@njit(types.int64(types.int32, types.int64, types.int64, types.int64, types.int64), cache=True, nogil=True)
-def copy(uffd: int, hva: int, source: int, length: int, step: int) -> int:
+@njit(
+    types.int64(types.int32, types.int64, types.int64, types.int64, types.int64, types.int32, types.int64),
+    cache=True,
+    nogil=True,
+)
+def copy(uffd: int, hva: int, source: int, length: int, step: int, over: int, offset: int) -> int:
     """Enter ``length`` bytes from address ``source`` on at ``hva`` where nothing is.
 
-    What is there stays, and who waits for it looks again.
+    What is there stays, or is written over in the file ``over``, and who waits for it looks again.
 
-    :param step: the size of a page there.
+    :param step: the size of a page there. :param over: a descriptor, -1 for none; :param offset: of ``hva`` in it.
     :return: 0 or a negated errno.
     """
     room = np.empty(5, dtype=np.int64)
@@ -83,6 +87,10 @@ def copy(uffd: int, hva: int, source: int, length: int, step: int) -> int:
         if answer == 0:
             done = end - hva
         elif done == -_EEXIST:
+            if over >= 0:
+                answer = native.pwrite(over, source, step, offset)
+                if answer != step:
+                    return answer if answer < 0 else -_EIO
             # A fault may have found it so between our copy and its own.
             answer = wake_range(uffd, hva, step)
             if answer < 0:
@@ -95,6 +103,7 @@ def copy(uffd: int, hva: int, source: int, length: int, step: int) -> int:
             return int(done)
         hva += done
         source += done
+        offset += done
     return 0
 
 
@@ -155,7 +164,7 @@ def place(uffd: int, regions: NDArray[np.int64], runs: NDArray[np.int64], conten
     source = content.ctypes.data
     for index in range(runs.shape[0]):
         length = runs[index, 1] * PAGE_SIZE
-        answer = copy(uffd, _hva(regions, runs[index, 0]), source, length, PAGE_SIZE)
+        answer = copy(uffd, _hva(regions, runs[index, 0]), source, length, PAGE_SIZE, -1, 0)
         if answer < 0:
             return answer
         source += length

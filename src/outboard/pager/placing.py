@@ -75,7 +75,9 @@ def place(
                     where[page : page + count] = _ZERO
                     answer = wake_range(uffd, hva, length)
                 else:
-                    answer = copy(uffd, hva, source, length, PAGE_SIZE)
+                    # A hole may not have become one, where it was in the middle of a large page.
+                    over = -1 if running else regions[row, 4]
+                    answer = copy(uffd, hva, source, length, PAGE_SIZE, over, offset)
                     where[page : page + count] = _RESIDENT
             if answer < 0:
                 return answer

@@ -37,7 +37,7 @@ class Rebuilding:
 
     def __init__(self, memory: ArrivingMemory, journal: Path) -> None:
         self._memory = memory
-        self._blocks: NDArray[np.uint8] = file_array(journal / "large", -(-memory.guest.pages // LARGE), np.uint8)
+        self._blocks: NDArray[np.uint8] = file_array(journal / "large", memory.guest.pages // LARGE, np.uint8)
 
     @property
     def needed(self) -> bool:
@@ -46,7 +46,7 @@ class Rebuilding:
 
     def want(self, pages: PageSet) -> None:
         """Rebuild those of ``pages`` that are whole blocks."""
-        self._blocks[pages.whole(LARGE).mask()[::LARGE]] = _WANTED
+        self._blocks[pages.whole(LARGE).mask()[::LARGE][: self._blocks.size]] = _WANTED
 
     def serve(self, link: socket.socket) -> None:
         """Rebuild what is complete, again and again, until told to stop."""
@@ -77,7 +77,9 @@ class Rebuilding:
     def _complete(self) -> NDArray[np.int64]:
         where = self._memory.residency.where
         wanted = np.flatnonzero(self._blocks == _WANTED)
-        here = [block for block in wanted if (where[block * LARGE : (block + 1) * LARGE] != Where.PEER).all()]
+        # Until the guest runs, what is zeros now may yet come with content, and we would be in the way of that.
+        known = [Where.RESIDENT, Where.ZERO] if self._memory.running else [Where.RESIDENT]
+        here = [block for block in wanted if np.isin(where[block * LARGE : (block + 1) * LARGE], known).all()]
         return np.array(here, dtype=np.int64)
 
     def _rebuild(self, block: int) -> None:

@@ -19,7 +19,6 @@ PLAIN, KEEP, RECALL = 1, 2, 3
 
 _WORDS = PAGE_SIZE // 8
 _RECEIVED = types.Array(types.uint64, 2, "C", readonly=True)
-_RECEIVED = types.Array(types.uint64, 2, "C", readonly=True)
 _ROWS, _U8, _U2, _U1 = types.uint64[:, ::1], types.uint64[::1], types.uint16[::1], types.uint8[::1]
 
 
