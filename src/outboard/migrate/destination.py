@@ -13,8 +13,6 @@ import socket
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from outboard.errors import (
     NeedsRecoveryError,
     OutboardError,
@@ -170,7 +168,7 @@ class Incoming:
         self._sets = {name: PageSet(self._guest.pages) for name in (messages.FORGET, messages.LIVE, messages.LARGE)}
         self._live, self._all_sent, self._passed = None, False, [0] * len(bulk)
         if self.committed:
-            here = PageSet.from_mask(self._memory.residency.where != Where.PEER)
+            here = ~self._memory.residency.pages_at(Where.PEER)
             control.send_pages(messages.HAVE, here, messages.Have())
             faults.tell(b"open")
             self._memory.wake_all()
@@ -241,7 +239,7 @@ class Incoming:
             self._all_sent
             and self.committed
             and self._live is not None
-            and not np.any(self._memory.residency.where[self._live.mask()] == Where.PEER)
+            and not self._memory.residency.any_at(Where.PEER, self._live)
         )
 
     def _take(
@@ -313,9 +311,8 @@ class Incoming:
         """Digest what has arrived, once all has: the guest stands still."""
         if self._live is None:
             raise PeerError("digests were asked for before the live pages were named")
-        mask = self._live.mask()
         deadline = time.monotonic() + _STEP_S
-        while np.any(self._memory.residency.where[mask] == Where.PEER):
+        while self._memory.residency.any_at(Where.PEER, self._live):
             if time.monotonic() > deadline:
                 raise PeerError(f"pages are missing {_STEP_S:.0f} s after all were said to have been sent")
             time.sleep(_TICK_S)

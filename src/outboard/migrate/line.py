@@ -18,6 +18,7 @@ from outboard.migrate.outbox import Outbox, Share
 from outboard.migrate.sending import Answerer, BulkSender, Done, Say, Send, decode_done, encode_order
 from outboard.migrate.steering import STEP_S, Speakers, Steering
 from outboard.migrate.worker import Worker
+from outboard.pages.labels import put
 from outboard.pages.pageset import PageSet
 from outboard.vmm.guest import Guest
 from outboard.wire import tls
@@ -120,7 +121,8 @@ class Line:
                 channel.close()
             raise
         self._streams = streams
-        self._outbox.sent[:] = have.mask()
+        self._outbox.sent[:] = 0
+        put(self._outbox.sent, have, 1)
         self._start()
         return have
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from outboard.errors import PeerError, UnreachableError
 from outboard.migrate import ranking
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
 from outboard.migrate.plan import Range, Watched
+from outboard.migrate.turns import NEVER
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet

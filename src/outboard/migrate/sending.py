@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from outboard.linux import tcp
 from outboard.migrate.codec import Compress
-from outboard.migrate.outbox import ALL, NEVER, Outbox, Share
+from outboard.migrate.outbox import ALL, Outbox, Share
 from outboard.migrate.packing import Packer
 from outboard.migrate.refining import note_digests
+from outboard.migrate.turns import NEVER
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop

@@ -33,7 +33,7 @@ from outboard.migrate.findings import Findings
 from outboard.migrate.hinting import Hints
 from outboard.migrate.line import Line
 from outboard.migrate.method import EARLY_SECONDS, Method, Options
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
 from outboard.migrate.progress import Watch
 from outboard.migrate.rounds import Rounds
 from outboard.migrate.sending import Done, Send
@@ -42,7 +42,6 @@ from outboard.migrate.states import Event, Machine, State, Where
 from outboard.migrate.steering import STEP_S, Speakers, Steering
 from outboard.migrate.streams import suggested
 from outboard.pages import LARGE, PAGE_SIZE
-from outboard.pages.pageset import PageSet
 from outboard.trace.writes import open_write_trace, traces_pages
 from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure, take_back
@@ -347,7 +346,7 @@ class Outgoing:
         self.line.digests = bytearray()
         self.line.control.send(messages.Digests())
         self.line.await_message(messages.Digests, timeout=120)
-        live = PageSet.from_mask(self.outbox.rank != NEVER)
+        live = self.outbox.live()
         theirs: NDArray[np.uint64] = np.frombuffer(self.line.digests, dtype="<u8").astype(np.uint64)
         ours = digests(self.guest, live)
         if theirs.size != ours.size:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from outboard.errors import OutboardError
-from outboard.migrate.outbox import NEVER
 from outboard.migrate.report import Summary
 from outboard.migrate.source import Outgoing
 from outboard.pages import PAGE_SIZE
@@ -41,7 +40,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         data_pages=sent.data_pages,
         zero_pages=sent.zero_pages,
         urgent_pages=sent.urgent_pages,
-        never_sent_pages=int((outgoing.outbox.rank == NEVER).sum()),
+        never_sent_pages=outgoing.guest.pages - len(outgoing.outbox.live()),
         resent_pages=found.resent_pages,
         hints=found.hints,
         trace=found.trace,

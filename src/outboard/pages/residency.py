@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from outboard.pages.labels import any_labelled, count, labelled
 from outboard.pages.pageset import PageSet
 from outboard.pages.shared import file_array, shared_array
 
@@ -96,8 +97,12 @@ class Residency:
 
     def pages_at(self, where: Where) -> PageSet:
         """The pages that are at ``where`` now."""
-        return PageSet.from_mask(self.where == where)
+        return labelled(self.where, where)
 
     def count(self, where: Where) -> int:
         """How many pages are at ``where`` now."""
-        return int(np.count_nonzero(self.where == where))
+        return count(self.where, where)
+
+    def any_at(self, where: Where, among: PageSet) -> bool:
+        """Whether one of ``among`` is at ``where`` now."""
+        return any_labelled(self.where, among, where)
