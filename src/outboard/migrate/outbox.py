@@ -92,6 +92,8 @@ class Outbox:
         self.rank: NDArray[np.uint8] = shared_array(pages, np.uint8)
         self.rank[:] = NEVER
         self.sent: NDArray[np.uint8] = shared_array(pages, np.uint8)
+        # The kernel gives memory to it now, not while the guest stands still.
+        self.sent[:] = 0
         # A row for each stream: adding to a number is no single instruction.
         columns = self._CODECS + len(CODERS)
         self._counters: NDArray[np.int64] = shared_array(MAX_STREAMS * columns, np.int64).reshape(MAX_STREAMS, columns)

@@ -79,8 +79,8 @@ def _mark(bits: NDArray[np.uint8], runs: Runs, present: bool) -> None:
         end = page + runs[index, 1]
         while page < end:
             if (page & 7) == 0 and page + 8 <= end:
-                bits[page >> 3] = 255 if present else 0
-                page += 8
+                bits[page >> 3 : end >> 3] = 255 if present else 0
+                page = end & ~7
             else:
                 bit = np.uint8(1 << (page & 7))
                 if present:
@@ -233,7 +233,10 @@ class PageSet:
         return PageSet(self.pages, self._bits & ~self._with(other))
 
     def __invert__(self) -> PageSet:
-        return PageSet.full(self.pages) - self
+        bits = ~self._bits
+        if self.pages & 7:
+            bits[-1] &= (1 << (self.pages & 7)) - 1
+        return PageSet(self.pages, bits)
 
     def __len__(self) -> int:
         words = self.words()
