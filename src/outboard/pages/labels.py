@@ -19,6 +19,7 @@ _U1, _U8, _I8 = types.uint8[::1], types.uint64[::1], types.int64
 _EACH = np.uint64(0x0101010101010101)
 _LOW = np.uint64(0x7F7F7F7F7F7F7F7F)
 _GATHER = np.uint64(0x0102040810204080)
+_EMPTY = np.uint64(0)
 _SEVEN, _TOP = np.uint64(7), np.uint64(56)
 
 
@@ -59,7 +60,7 @@ def _count(labels: Labels, words: NDArray[np.uint64], value: int) -> int:
 @njit(types.void(_U1, _U1, _U8, types.int64, types.uint8), cache=True, nogil=True)
 def _put(labels: Labels, bits: NDArray[np.uint8], words: NDArray[np.uint64], old: int, new: int) -> None:
     for word in range(words.size + 1):
-        if word < words.size and words[word] == 0:
+        if word < words.size and words[word] == _EMPTY:
             continue
         for index in range(word * 8, min(word * 8 + 8, bits.size)):
             byte = bits[index]
@@ -74,7 +75,7 @@ def _put(labels: Labels, bits: NDArray[np.uint8], words: NDArray[np.uint64], old
 @njit(types.boolean(_U1, _U1, _U8, types.uint8), cache=True, nogil=True)
 def _any(labels: Labels, bits: NDArray[np.uint8], words: NDArray[np.uint64], value: int) -> bool:
     for word in range(words.size + 1):
-        if word < words.size and words[word] == 0:
+        if word < words.size and words[word] == _EMPTY:
             continue
         for index in range(word * 8, min(word * 8 + 8, bits.size)):
             byte = bits[index]

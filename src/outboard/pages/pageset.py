@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Runs = NDArray[np.int64]
 """Shape (n, 2): first page number and count of pages, ascending, no two adjacent."""
 
-_FULL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_EMPTY, _FULL = np.uint64(0), np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 @njit("int64(uint8[::1], uint64[::1], int64, int64[:, ::1])", cache=True, nogil=True)
@@ -24,9 +24,11 @@ def _runs(bits: NDArray[np.uint8], words: NDArray[np.uint64], pages: int, out: R
     inside = False
     page = 0
     while page < pages:
-        if (page & 63) == 0 and page + 64 <= pages and words[page >> 6] == (_FULL if inside else 0):
-            page += 64
-            continue
+        if (page & 63) == 0 and page + 64 <= pages:
+            word = words[page >> 6]
+            if word == _FULL if inside else word == _EMPTY:
+                page += 64
+                continue
         byte = bits[page >> 3]
         if (page & 7) == 0 and page + 8 <= pages and ((byte == 0 and not inside) or (byte == 255 and inside)):
             page += 8
@@ -53,7 +55,7 @@ def _runs(bits: NDArray[np.uint8], words: NDArray[np.uint64], pages: int, out: R
 def _numbers(bits: NDArray[np.uint8], words: NDArray[np.uint64], out: NDArray[np.int64]) -> None:
     found = 0
     for word in range(words.size + 1):
-        if word < words.size and words[word] == 0:
+        if word < words.size and words[word] == _EMPTY:
             continue
         for index in range(word * 8, min(word * 8 + 8, bits.size)):
             byte = bits[index]
