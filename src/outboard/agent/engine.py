@@ -226,6 +226,8 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             throttle_gain=work.throttle_gain,
             running=not (journal / PAUSED).exists(),
             before_commit=lambda: keep_task(journal, work),
+            # While the lock is held: an agent that waits for it would take what is left for work to be done.
+            free=lambda: registry.remove(work.vm),
         )
         error: OutboardError | None = None
         try:
@@ -235,10 +237,8 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
                 outgoing.run()
         except OutboardError as failure:
             error = failure
-        # While the lock is held: an agent that waits for it would take what is left for work to be done.
-        if outgoing.machine.state is State.COMPLETED:
-            registry.remove(work.vm)
-        elif outgoing.machine.state is not State.PAUSED:
+        # With the lock held, as above.
+        if outgoing.machine.state not in (State.COMPLETED, State.PAUSED):
             shutil.rmtree(journal, ignore_errors=True)
     return summarise(outgoing, source=work.source, attach_ms=attach_ms, error=error)
 

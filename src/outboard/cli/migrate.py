@@ -204,6 +204,12 @@ def content_words(summary: report.Summary) -> str:
     )
 
 
+def _after(summary: report.Summary) -> str:
+    if not summary.large_mappings_before:
+        return "0"
+    return "unknown" if summary.large_mappings_after is None else str(summary.large_mappings_after)
+
+
 def _print_summary(summary: report.Summary) -> None:
     def ms(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} ms"
@@ -232,7 +238,7 @@ def _print_summary(summary: report.Summary) -> None:
         ),
         (
             "large",
-            f"{summary.large_mappings_before or 0} mappings of 2 MiB before, {summary.large_mappings_after or 0} after",
+            f"{summary.large_mappings_before or 0} mappings of 2 MiB before, {_after(summary)} after",
         ),
         ("verified", {None: "not asked for", True: "every page equal", False: "DIFFERENT"}[summary.verified]),
     ]

@@ -330,7 +330,8 @@ class Incoming:
             self._rebuilding.join()
         faults.tell(b"stop")
         faults.join()
-        self._large.finish()
+        if self._memory.unit > 1:
+            self._large.finish()
         self._memory.release()
         served = self._counters.statistics()
         arrived = messages.Arrived(
@@ -341,7 +342,6 @@ class Incoming:
             fault_p50_us=served.latencies.percentile_us(0.5),
             fault_p99_us=served.latencies.percentile_us(0.99),
             mapped_before_resume=self._mapped_before_resume,
-            large_mappings=self._large.count(),
             loading_faults=served.loading,
             device_faults=served.device,
             device_fault_pages=list(served.device_pages),
@@ -350,6 +350,8 @@ class Incoming:
         # A source that does not hear it asks the agent.
         with contextlib.suppress(UnreachableError):
             control.send(arrived)
+            if self._large.wanted:
+                control.send(messages.Rebuilt(large_mappings=self._large.count()))
         # Whoever closes first is believed to have broken off: let it be the source, when it has read this.
         with contextlib.suppress(UnreachableError):
             control.receive(_STEP_S)

@@ -121,10 +121,15 @@ class Arrived(Message, frozen=True, tag="arrived"):
     fault_p50_us: float | None
     fault_p99_us: float | None
     mapped_before_resume: int
-    large_mappings: int
     loading_faults: int = 0
     device_faults: int = 0
     device_fault_pages: Annotated[list[int], msgspec.Meta(max_length=32)] = []
+
+
+class Rebuilt(Message, frozen=True, tag="rebuilt"):
+    """After ``Arrived``, where the source had large mappings: how many there are now. A report waits for it."""
+
+    large_mappings: int
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -208,6 +213,7 @@ AnyMessage = (
     | Have
     | Resumed
     | Arrived
+    | Rebuilt
     | Failed
 )
 

@@ -97,7 +97,7 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     large_mappings_before: int | None = None
     """Of 2 MiB, at the source before anything was done to it."""
     large_mappings_after: int | None = None
-    """At the destination when all had arrived."""
+    """At the destination when it had rebuilt what it could; None: the source did not hear of it."""
     throttle: list[Slowed] = []
     throttle_gain: float = 1.0
     """How much more the guest wrote when held back than the model said; the next migration of the VM begins with it."""

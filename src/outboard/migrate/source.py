@@ -57,6 +57,7 @@ class Outgoing:
     :param identity: the directory of this host's TLS identity.
     :param began: when the command came, CLOCK_MONOTONIC.
     :param before_commit: called just before the VM is given away.
+    :param free: called when its QEMU has ended; gives back its memory's file.
     :param throttle_gain: of the VM's migration before; see :mod:`outboard.migrate.throttle`.
     :param running: the guest runs; False: it is paused, and stays so wherever it is.
 
@@ -78,6 +79,7 @@ class Outgoing:
         throttle_gain: float,
         running: bool,
         before_commit: Callable[[], None],
+        free: Callable[[], None],
     ) -> None:
         self.migration = migration
         self.guest = guest
@@ -94,7 +96,7 @@ class Outgoing:
         self.watch = Watch(migration, guest.name, options, self.machine, desk, time.monotonic, began)
         self.watch.outbox = self.outbox
         self._spec, self._directory = spec, directory
-        self._throttle_gain, self._before_commit = throttle_gain, before_commit
+        self._throttle_gain, self._before_commit, self._free = throttle_gain, before_commit, free
         self._running = running
         self._departure: Departure | None = None
         self._early: list[tuple[int, int]] = []
@@ -155,11 +157,20 @@ class Outgoing:
             yield
             # The VM is whole over there: what is left here is memory to give back.
             qemu_process.end(self._vmm)
+            self._free()
+            self.findings.total_s = self.watch.elapsed
+            self._hear_of_large()
         except BaseException as error:
             self._fail(error)
             raise
         finally:
             self._cleanup.close()
+
+    def _hear_of_large(self) -> None:
+        if self._large and self.line.is_open:
+            with contextlib.suppress(OutboardError):
+                rebuilt = self.line.await_message(messages.Rebuilt)
+                self.findings.large_mappings_after = rebuilt.large_mappings
 
     def _fail(self, error: BaseException) -> None:
         begun = self.machine.state not in (State.NEW, State.PREPARING)

@@ -18,9 +18,9 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
 
     :param source: this host's name.
     """
-    elapsed = outgoing.watch.elapsed
-    sent = outgoing.outbox.statistics()
     found = outgoing.findings
+    elapsed = outgoing.watch.elapsed if found.total_s is None else found.total_s
+    sent = outgoing.outbox.statistics()
     arrived, copied = found.arrived, outgoing.copied
     return Summary(
         migration=outgoing.migration,
@@ -56,7 +56,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         fault_p99_us=None if arrived is None else arrived.fault_p99_us,
         mapped_before_resume=None if arrived is None else arrived.mapped_before_resume,
         large_mappings_before=found.large_mappings,
-        large_mappings_after=None if arrived is None else arrived.large_mappings,
+        large_mappings_after=found.large_mappings_after,
         bulk_rate=found.bulk_rate,
         verified=found.verified,
         queues=found.queues,
