@@ -78,7 +78,11 @@ class Rebuilding:
         if self._memory.unit == 1:
             wanted = np.flatnonzero(self._blocks != _NO) * LARGE
             blocks = PageSet.from_runs(guest.pages, np.column_stack((wanted, np.full(wanted.size, LARGE))))
-            collapse(guest, blocks - large_mappings(guest))
+            # A block without any memory is refused; with one page of zeros it is not.
+            empty = collapse(guest, blocks - large_mappings(guest)) - guest.memory.populated().widened(LARGE)
+            for first in empty.numbers()[::LARGE].tolist():
+                guest.memory.allocate(first, 1)
+            collapse(guest, empty)
         return len(large_mappings(guest)) // LARGE
 
     def _complete(self) -> NDArray[np.int64]:

@@ -154,6 +154,14 @@ class GuestMemory:
         for fd, offset, _, pages in self._pieces(first, count):
             fallocate.punch(fd, offset, pages * PAGE_SIZE)
 
+    def allocate(self, first: int, count: int) -> None:
+        """Give memory to those of a run that have none; what they hold stays as it is.
+
+        :raise KernelError: there is none. :raise ValueError: there are no such pages.
+        """
+        for fd, offset, _, pages in self._pieces(first, count):
+            fallocate.allocate(fd, offset, pages * PAGE_SIZE)
+
     def table(self) -> NDArray[np.int64]:
         """For compiled loops, a row for each region: first page, pages, HVA, offset in its file, our descriptor."""
         return np.array(
