@@ -99,7 +99,6 @@ def test_once_the_memory_is_its_own_again_blocks_with_holes_and_empty_ones_becom
     memory: ArrivingMemory, target: Target, tmp_path: Path
 ) -> None:
     rebuilding = Rebuilding(memory, tmp_path)
-    assert not rebuilding.wanted
     rebuilding.want(blocks(memory, 0, 3))
     assert rebuilding.wanted
     place(memory, 0, LARGE, 7)
