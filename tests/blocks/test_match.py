@@ -25,7 +25,7 @@ def test_pages_of_a_process_are_found_on_a_disk(tmp_path: Path) -> None:
         guest.memory.read_into(300, memoryview(content))
         (tmp_path / "disk").write_bytes(bytes(PAGE_SIZE) + content)
         with Images([Disk(path=str(tmp_path / "disk"), read_only=True)]) as images:
-            finder = Finder(images, [index.open_index(layer, tmp_path) for layer in images.layers])
+            finder = Finder(images.files, [index.open_index(layer, tmp_path) for layer in images.layers])
             found = match(guest, PageSet.full(PAGES), finder)
             # The target's pages hold their numbers: page 0 is zeros, and no other is like it.
             assert found.zero.tolist() == [0]
@@ -35,6 +35,6 @@ def test_pages_of_a_process_are_found_on_a_disk(tmp_path: Path) -> None:
             again = match(guest, PageSet.from_numbers(PAGES, np.array([309, 310, 311])), finder)
             assert again.match.pages.tolist() == [309, 311]
             into = np.empty(200 * PAGE_SIZE, dtype=np.uint8)
-            DiskStore(images).fetch(found.match.locators, found.match.digest, into)
+            DiskStore(images.files).fetch(found.match.locators, found.match.digest, into)
             assert bytes(into) == bytes(content)
         assert match(guest, PageSet(PAGES), finder).match.pages.size == 0

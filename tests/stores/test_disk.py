@@ -39,8 +39,8 @@ class Scene:
         self.images = Images([Disk(path=str(path), read_only=True) for path in self.paths])
         self.directory = directory / "state"
         self.indexes = [index.open_index(layer, self.directory) for layer in self.images.layers]
-        self.finder = Finder(self.images, [*self.indexes])
-        self.store = DiskStore(self.images)
+        self.finder = Finder(self.images.files, [*self.indexes])
+        self.store = DiskStore(self.images.files)
 
     def spoil(self, block: int) -> None:
         with self.paths[0].open("r+b") as file:

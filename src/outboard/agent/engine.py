@@ -57,6 +57,8 @@ from outboard.wire.token import TokenBook
 
 REOPENED = "reopened.json"
 """In the directory of a VM that has come and whose streams broke off: a Prepared, for the source to call again."""
+INDEXES = "blocks"
+"""In the state directory: what the disk images of VMs hold."""
 ARRIVING, DEPARTING = "arriving", "departing"
 """Directories in that of a VM on its way: what a successor of the engine must know."""
 PAUSED = "paused"
@@ -246,7 +248,15 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
 def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
     """Manage the VM's memory for as long as it runs; the agent is told once, and not needed afterwards."""
     record = registry.get(work.vm)
-    manager = Manager(record.memory_directory, record.attach, Path(work.swap), successor=work.successor)
+    disks = parse_spec(record.spec_text(), f"the spec of {work.vm}").disks
+    manager = Manager(
+        record.memory_directory,
+        record.attach,
+        Path(work.swap),
+        disks,
+        state_dir() / INDEXES,
+        successor=work.successor,
+    )
     desk.report(Managing(engine=os.getpid()))
     desk.close()
     manager.serve()

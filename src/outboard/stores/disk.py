@@ -8,6 +8,8 @@ block that does not have that digest any more is not given out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from outboard.errors import DamagedPageError
 from outboard.linux import native
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digest
-from outboard.stores.images.images import Images
+from outboard.stores.images.files import ImageFile
 from outboard.stores.images.index import LayerIndex
 
 NONE = 0xFFFF
@@ -110,16 +112,18 @@ def _fetch(
 
 
 class DiskStore:
-    """The blocks of ``images``, which stay somebody else's to close.
+    """The blocks of image files, which stay somebody else's to close.
 
-    ``files`` (int32) are their descriptors by number, for compiled loops; -1 where an image is not to be used.
+    :param images: by number; None: that one cannot be had.
+
+    ``files`` (int32) are their descriptors, for compiled loops.
 
     Synchronization: any thread and any forked process.
     """
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
-        self.files: NDArray[np.int32] = np.array([layer.file.fileno() for layer in images.layers], dtype=np.int32)
+    def __init__(self, images: Sequence[ImageFile | None]) -> None:
+        self._images = images
+        self.files: NDArray[np.int32] = np.array([-1 if one is None else one.fileno() for one in images], np.int32)
 
     def read(
         self, found: NDArray[np.uint64], digests: NDArray[np.uint64], into: NDArray[np.uint8]
@@ -140,8 +144,8 @@ class DiskStore:
         wrong = np.flatnonzero(~self.read(found, digests, into))
         if wrong.size:
             image, block = int(images_of(found[wrong])[0]), int(blocks_of(found[wrong])[0])
-            layers = self.images.layers
-            name = layers[image].path if image < len(layers) else f"image {image}, which is not open"
+            file = self._images[image] if image < len(self._images) else None
+            name = f"image {image}, which is not open" if file is None else file.path
             raise DamagedPageError(
                 f"{wrong.size} of {found.size} blocks of disks are not what they were, the first is block {block} of "
                 f"{name} (byte {block * PAGE_SIZE})"
@@ -151,13 +155,13 @@ class DiskStore:
 class Finder:
     """Finds pages in images by their content.
 
-    :param indexes: of the images, by number; None: that one is not looked in.
+    :param images: by number. :param indexes: of each; None, which may change: that one is not looked in.
     :ivar old: entries that turned out to be of blocks that have changed since.
 
     Synchronization: one thread.
     """
 
-    def __init__(self, images: Images, indexes: list[LayerIndex | None]) -> None:
+    def __init__(self, images: Sequence[ImageFile | None], indexes: list[LayerIndex | None]) -> None:
         self._images = images
         self.indexes = indexes
         self._room: NDArray[np.uint64] = np.empty(_WORDS, dtype=np.uint64)
@@ -174,7 +178,8 @@ class Finder:
         image: NDArray[np.uint16] = np.full(digests.size, NONE, dtype=np.uint16)
         block: NDArray[np.uint64] = np.zeros(digests.size, dtype=np.uint64)
         for number, index in enumerate(self.indexes):
-            if index is not None and index.keys.size:
+            file = self._images[number]
+            if file is not None and index is not None and index.keys.size:
                 self.old += _match(
                     content.view(np.uint64),
                     open_,
@@ -183,7 +188,7 @@ class Finder:
                     index.blocks,
                     index.table,
                     index.shift,
-                    self._images.layers[number].file.fileno(),
+                    file.fileno(),
                     self._room,
                     number,
                     image,

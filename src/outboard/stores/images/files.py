@@ -7,6 +7,7 @@ Sources: open(2), pread(2), lseek(2), fcntl(2) on leases.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -135,16 +136,21 @@ class ImageFile:
         """Have the kernel see to it that nobody opens the file for writing unannounced; whether it does.
 
         It does not where somebody has it open for writing, nor for devices and most file systems of a network. Whoever
-        wants to write from then on waits until the lease is given up (:meth:`close`) or some 45 s have passed;
+        wants to write from then on waits until the lease is given up, or some 45 s have passed;
         :attr:`leased` says so meanwhile.
         """
-        # The kernel announces it by SIGIO, which would end a process that does not expect it.
-        signal.signal(signal.SIGIO, signal.SIG_IGN)
         try:
+            # The kernel announces it by SIGIO, which ends a process that does not expect it; by this one it does not.
+            fcntl.fcntl(self._fd, fcntl.F_SETSIG, signal.SIGURG)
             fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         except OSError:
             return False
         return True
+
+    def give_up_lease(self) -> None:
+        """Let whoever waits for it write. Idempotent."""
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
     @property
     def leased(self) -> bool:

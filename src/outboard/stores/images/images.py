@@ -11,6 +11,7 @@ from typing import Self
 import msgspec
 
 from outboard.errors import KernelError, NotFoundError, RefusedError
+from outboard.stores.images.files import ImageFile
 from outboard.stores.images.layers import DiskSpec, Layer, close_layers, open_layers
 
 MOST = 1 << 10
@@ -57,6 +58,11 @@ class Images:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+    @property
+    def files(self) -> list[ImageFile]:
+        """The files of ``layers``."""
+        return [layer.file for layer in self.layers]
 
     def close(self) -> None:
         """Idempotent."""
