@@ -43,6 +43,7 @@ from outboard.migrate.summary import summarise
 from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.arriving_large import arriving_kind
 from outboard.pager.rebuilding import Rebuilding
+from outboard.stores.images.images import Images
 from outboard.vmm.attach import attach
 from outboard.vmm.device_state import Arrival, runs
 from outboard.vmm.guest import Guest
@@ -223,6 +224,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             spec=record.spec_text(),
             directory=journal,
             identity=identity,
+            indexes=state_dir() / INDEXES,
             desk=desk,
             began=work.began,
             throttle_gain=work.throttle_gain,
@@ -323,6 +325,7 @@ def _incoming(
     memory: ArrivingMemory,
     arrival: Arrival | None,
     identity: Path,
+    images: Images | None = None,
 ) -> Incoming:
     verdicts = Verdicts(Path(work.verdicts))
     return Incoming(
@@ -334,6 +337,7 @@ def _incoming(
         running=work.prepare.running,
         commit=lambda: verdicts.commit(work.prepare.migration),
         note_arrived=lambda message: verdicts.note_arrived(work.prepare.migration, message),
+        images=images,
         reopen=lambda: _reopen(work, record.directory, identity),
     )
 
@@ -409,4 +413,5 @@ def _clamp_on(work: Receive, record: VmRecord, until_end: contextlib.ExitStack, 
     memory = arriving_kind(guest)(guest, journal)
     arrival = Arrival(guest, record.directory)
     until_end.callback(arrival.close)
-    return _incoming(work, record, guest, memory, arrival, identity)
+    images = until_end.enter_context(Images(parse_spec(prepare.spec, f"the spec of {prepare.vm}").disks))
+    return _incoming(work, record, guest, memory, arrival, identity, images)

@@ -13,6 +13,7 @@ matches and never truth, since no match counts before every byte has been compar
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import struct
 import threading
@@ -92,8 +93,11 @@ def load(layer: Layer, directory: Path) -> LayerIndex | None:
     """The index that lies in ``directory`` for the image as it is now; None: there is none, or it is damaged."""
     identity = layer.file.identity()
     try:
-        raw = np.fromfile(_path_of(identity, directory), dtype=np.uint8)
-    except OSError:
+        with _path_of(identity, directory).open("rb") as file:
+            # Mapped, several processes share it. Nobody writes to it, and compiled loops ask for arrays that one may.
+            raw = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=np.uint8)
+    except (OSError, ValueError):
+        # ValueError: it is empty.
         return None
     if raw.size < _HEAD.size:
         return None
