@@ -230,7 +230,7 @@ class Vm:
         """Run a shell's script in the guest; what it wrote."""
         path = self.record(host).agent_socket
         assert path is not None
-        with GuestAgent(path, timeout=60) as agent:
+        with GuestAgent(path, timeout=200) as agent:
             status, said = agent.run("/bin/sh", "-c", script)
         assert status == 0, said
         return said.decode().strip()

@@ -17,7 +17,7 @@ from tests.support.requirements import require
 
 pytestmark = pytest.mark.slow
 MIB = 1 << 20
-READ = "find /usr/bin /usr/lib -type f -size +60k | xargs cat | head -c 30000000 | md5sum"
+READ = "cat /usr/bin/perl /usr/bin/python3.11 /usr/lib/x86_64-linux-gnu/libcrypto.so.3 | md5sum"
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +57,23 @@ def test_what_the_disk_holds_is_found_sent_as_references_and_dropped(vm: Vm, ima
     shares = told(vm.cluster.a, "blocks", vm.name)
     top, base = shares["images"]
     assert (top["fixed"], base["fixed"], base["path"]) == (False, True, str(image.base))
-    assert base["matched"] > 20 * MIB
+    assert base["matched"] > 12 * MIB
     assert shares["resident"] == shares["matched"] + shares["zero"] + shares["free"] + shares["unmatched"]
     assert not shares["left"]
     done = vm.cluster.a.outboard("migrate", vm.name, "b", "--verify", "-o", "ndjson")
     assert done.returncode == 0, done.stderr + vm.cluster.a.log()[-2000:] + vm.cluster.b.log()[-2000:]
     summary = summary_of(done.stdout)
-    assert summary["pages_by_block"] > 4000, summary
+    assert summary["pages_by_block"] > 2000, summary
     assert (summary["refused_blocks"], summary["verified"]) == (0, True)
     assert str(image.base) in summary["blocks"]
     vm.verify("b")
     away = told(vm.cluster.b, "evict", vm.name, "--idle", "1")
-    assert away["disk"] > 20 * MIB
+    assert away["disk"] > 12 * MIB
     # What it reads now comes from the disk through our hands.
     assert vm.run("b", READ) == read
     vm.verify("b")
     known = told(vm.cluster.b, "blocks", vm.name, "--learn")
-    assert known["moved"] > 20 * MIB
+    assert known["moved"] > 12 * MIB
     refused = vm.cluster.b.outboard("recover", vm.name, "--page", "99999999")
     assert (refused.returncode, "has pages 0 to" in refused.stderr) == (4, True)
     assert told(vm.cluster.b, "release", vm.name)["disk"] == 0

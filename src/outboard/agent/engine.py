@@ -186,7 +186,8 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
                 _receive(work, desk, Registry(Path(runtime)), Path(identity))
             case Planning():
                 random = np.random.default_rng()
-                desk.report(planning.make(work, Registry(Path(runtime)).get(work.vm), Path(identity), random))
+                record = Registry(Path(runtime)).get(work.vm)
+                desk.report(planning.make(work, record, Path(identity), state_dir() / INDEXES, random))
             case Manage():
                 _manage(work, desk, Registry(Path(runtime)))
     except OutboardError as error:

@@ -81,14 +81,16 @@ def _show(found: Shares) -> None:
         f"{found.seconds:.2f} s, of which {found.match_s:.2f} s to read and compare"
     )
     rows = [
-        [f"disk {one.disk}, {'top' if not one.depth else f'{one.depth} below'}", *part(one.matched), _words(one)]
+        [f"disk {one.disk}, {'top' if not one.depth else f'{one.depth} below'}", *part(one.matched)]
         for one in found.images
     ]
-    rows.append(["zeros", *part(found.zero), ""])
+    rows.append(["zeros", *part(found.zero)])
     if found.free is not None:
-        rows.append(["free in the guest", *part(found.free), "neither zeros nor on a disk"])
-    rows.append(["found nowhere", *part(found.unmatched), "" if found.free is not None else "some of it may be free"])
-    print_table(["WHERE", "MEMORY", "SHARE", ""], rows, empty="")
+        rows.append(["free in the guest", *part(found.free)])
+    rows.append(["found nowhere", *part(found.unmatched)])
+    print_table(["WHERE", "MEMORY", "SHARE"], rows, empty="")
+    for one in found.images:
+        click.echo(_words(one))
     for left in found.left:
         click.echo(f"left out ({left.reason}): {left.words}")
 
