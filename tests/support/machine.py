@@ -17,7 +17,9 @@ from types import TracebackType
 
 import pytest
 
+from guest import disk
 from guest.build import COMMAND_LINE, Image, build
+from guest.disk import DiskImage
 from tests.support.requirements import require
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +67,11 @@ def transparent_huge_pages() -> Iterator[None]:
 def image() -> Image:
     """The test guest's kernel and initial RAM disk, built once."""
     return build(ROOT / ".build" / "guest")
+
+
+def disk_image() -> DiskImage:
+    """The test guest on a disk, built once."""
+    return disk.build(ROOT / ".build" / "guest")
 
 
 class Machine:

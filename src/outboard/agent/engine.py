@@ -43,6 +43,7 @@ from outboard.migrate.summary import summarise
 from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.arriving_large import arriving_kind
 from outboard.pager.rebuilding import Rebuilding
+from outboard.stores.images.images import Images
 from outboard.vmm.attach import attach
 from outboard.vmm.device_state import Arrival, runs
 from outboard.vmm.guest import Guest
@@ -57,6 +58,8 @@ from outboard.wire.token import TokenBook
 
 REOPENED = "reopened.json"
 """In the directory of a VM that has come and whose streams broke off: a Prepared, for the source to call again."""
+INDEXES = "blocks"
+"""In the state directory: what the disk images of VMs hold."""
 ARRIVING, DEPARTING = "arriving", "departing"
 """Directories in that of a VM on its way: what a successor of the engine must know."""
 PAUSED = "paused"
@@ -183,7 +186,8 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
                 _receive(work, desk, Registry(Path(runtime)), Path(identity))
             case Planning():
                 random = np.random.default_rng()
-                desk.report(planning.make(work, Registry(Path(runtime)).get(work.vm), Path(identity), random))
+                record = Registry(Path(runtime)).get(work.vm)
+                desk.report(planning.make(work, record, Path(identity), state_dir() / INDEXES, random))
             case Manage():
                 _manage(work, desk, Registry(Path(runtime)))
     except OutboardError as error:
@@ -221,6 +225,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             spec=record.spec_text(),
             directory=journal,
             identity=identity,
+            indexes=state_dir() / INDEXES,
             desk=desk,
             began=work.began,
             throttle_gain=work.throttle_gain,
@@ -246,7 +251,15 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
 def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
     """Manage the VM's memory for as long as it runs; the agent is told once, and not needed afterwards."""
     record = registry.get(work.vm)
-    manager = Manager(record.memory_directory, record.attach, Path(work.swap), successor=work.successor)
+    disks = parse_spec(record.spec_text(), f"the spec of {work.vm}").disks
+    manager = Manager(
+        record.memory_directory,
+        record.attach,
+        Path(work.swap),
+        disks,
+        state_dir() / INDEXES,
+        successor=work.successor,
+    )
     desk.report(Managing(engine=os.getpid()))
     desk.close()
     manager.serve()
@@ -313,6 +326,7 @@ def _incoming(
     memory: ArrivingMemory,
     arrival: Arrival | None,
     identity: Path,
+    images: Images | None = None,
 ) -> Incoming:
     verdicts = Verdicts(Path(work.verdicts))
     return Incoming(
@@ -324,6 +338,7 @@ def _incoming(
         running=work.prepare.running,
         commit=lambda: verdicts.commit(work.prepare.migration),
         note_arrived=lambda message: verdicts.note_arrived(work.prepare.migration, message),
+        images=images,
         reopen=lambda: _reopen(work, record.directory, identity),
     )
 
@@ -399,4 +414,5 @@ def _clamp_on(work: Receive, record: VmRecord, until_end: contextlib.ExitStack, 
     memory = arriving_kind(guest)(guest, journal)
     arrival = Arrival(guest, record.directory)
     until_end.callback(arrival.close)
-    return _incoming(work, record, guest, memory, arrival, identity)
+    images = until_end.enter_context(Images(parse_spec(prepare.spec, f"the spec of {prepare.vm}").disks))
+    return _incoming(work, record, guest, memory, arrival, identity, images)

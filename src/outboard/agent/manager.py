@@ -7,6 +7,7 @@ lock          held (flock(2)) by the engine, whose pid is in it
 layout.json   the guest as it was attached: a guest that waits for a page answers no QMP
 where         the journal of :class:`~outboard.pages.residency.Residency`, with ``locator``
 pool          pages that went to memory; ``pool.slots``
+images.json   which disk image each number means, for pages that a disk holds; ``digests`` of these
 control.sock  where it takes orders: JSON, each with a length before it
 ============  ===========================================================================
 
@@ -23,7 +24,7 @@ import select
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -33,15 +34,18 @@ import msgspec
 import numpy as np
 import structlog
 
-from outboard.agent.orders import Evict, Failed, Fetch, HandOver, Looked, Order, Release, ask
-from outboard.errors import KernelError, OutboardError, RefusedError
+from outboard.agent.orders import Evict, Failed, Fetch, HandOver, Learn, Looked, Order, Recover, Release, ask
+from outboard.errors import DamagedPageError, KernelError, OutboardError, RefusedError
 from outboard.linux import pidfd
+from outboard.pager.on_disk import OnDisk
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
 from outboard.pages.heat import Heat
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
+from outboard.stores import disk
 from outboard.stores.file import FileStore, remove
+from outboard.stores.images.layers import DiskSpec
 from outboard.trace.idle import IdleTrace
 from outboard.vmm.guest import Guest
 from outboard.vmm.layout import Layout
@@ -72,6 +76,7 @@ class Manager:
 
     :param attach: attaches to the guest, the first time.
     :param swap: the swap file.
+    :param disks: of the guest, and :param indexes: the directory of what they hold, if pages may be left to them.
     :param successor: ask an engine that has the guest to hand it over.
     :raise RefusedError: ``managed``: another engine has it; else as :class:`~outboard.pager.pager.Pager`.
     :raise NotFoundError, UnreachableError, KernelError: the guest cannot be attached to.
@@ -79,7 +84,16 @@ class Manager:
     Synchronization: one thread; faults are served by another.
     """
 
-    def __init__(self, directory: Path, attach: Callable[[], Guest], swap: Path, *, successor: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        attach: Callable[[], Guest],
+        swap: Path,
+        disks: Sequence[DiskSpec] = (),
+        indexes: Path | None = None,
+        *,
+        successor: bool = False,
+    ) -> None:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._directory = directory
         with contextlib.ExitStack() as undo:
@@ -107,7 +121,8 @@ class Manager:
             self._heat = Heat(pages, _HALF_LIFE_S, time.monotonic())
             self._process = pidfd.open(layout.pid)
             undo.callback(os.close, self._process)
-            self._pager = Pager(self._guest, Residency(pages, directory), self._stores)
+            self._disks = None if indexes is None else OnDisk(disks, indexes, directory, pages)
+            self._pager = Pager(self._guest, Residency(pages, directory), self._stores, on_disk=self._disks)
             undo.pop_all()
         self._pending: _Pending | None = None
         self._failure: Exception | None = None
@@ -145,7 +160,21 @@ class Manager:
             if self._pending is not None and time.monotonic() >= self._pending.due:
                 pending, self._pending = self._pending, None
                 self._answer(pending.client, partial(self._evict_idle, pending))
+            self._leave_disks()
             self._mourn()
+
+    def _leave_disks(self) -> None:
+        """Bring back what lies in images that somebody waits to write to, and let him."""
+        if self._disks is None:
+            return
+        residency = self._pager.residency
+        for image in self._disks.disturbed():
+            there = (residency.where == Where.DISK) & (disk.images_of(residency.locator) == image)
+            came = 0
+            with contextlib.suppress(DamagedPageError):
+                came = self._pager.fetch(PageSet.from_mask(there))
+            log.warning("a disk image below is to be written to", vm=self._guest.name, image=image, brought_back=came)
+            self._disks.give_up(image)
 
     def _patience_s(self) -> float:
         if self._pending is None:
@@ -204,6 +233,13 @@ class Manager:
                 return self._evict(order, whole), False
             case Fetch():
                 return self._pager.fetch(whole), False
+            case Learn():
+                if self._disks is not None:
+                    self._disks.await_indexes()
+                return self._pager.learn(self._guest.memory.populated()), False
+            case Recover(page):
+                self._pager.replace(page)
+                return 1, False
             case Release():
                 came = self._pager.fetch(whole)
                 self._pager.release()
@@ -244,6 +280,7 @@ class Manager:
             zero=now.zero * PAGE_SIZE,
             pool=now.pool * PAGE_SIZE,
             file=now.file * PAGE_SIZE,
+            disk=now.disk * PAGE_SIZE,
             moved=moved * PAGE_SIZE,
             faults=latencies.count,
             fault_p50_us=latencies.percentile_us(0.5),
@@ -257,6 +294,8 @@ class Manager:
         self._listener.close()
         for store in self._stores.values():
             store.close()
+        if self._disks is not None:
+            self._disks.close()
 
     def _forget(self) -> None:
         """The guest is nobody's any more: leave nothing behind."""

@@ -35,11 +35,21 @@ class Look(msgspec.Struct, frozen=True, tag="look"):
     """Tell how things are."""
 
 
+class Learn(msgspec.Struct, frozen=True, tag="learn"):
+    """Find out which pages the VM's disks hold, and know it until they are written to; ``moved``: how much that is."""
+
+
+class Recover(msgspec.Struct, frozen=True, tag="recover"):
+    """The memory of ``page`` has failed: put it back as a disk holds it."""
+
+    page: int
+
+
 class HandOver(msgspec.Struct, frozen=True, tag="hand-over"):
     """Let go of the guest as it is, to a successor."""
 
 
-Order = Evict | Fetch | Release | Look | HandOver
+Order = Evict | Fetch | Release | Look | Learn | Recover | HandOver
 
 
 class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.residency.v1"):
@@ -55,6 +65,7 @@ class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.resi
     zero: int
     pool: int
     file: int
+    disk: int
     moved: int
     faults: int
     fault_p50_us: float | None

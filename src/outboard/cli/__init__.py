@@ -13,6 +13,7 @@ from outboard.errors import OutboardError
 _COMMANDS = {
     "agent": "outboard.cli.agent:agent",
     "attach": "outboard.cli.attach:attach",
+    "blocks": "outboard.cli.blocks:blocks",
     "cancel": "outboard.cli.migrate:cancel",
     "dirty": "outboard.cli.dirty:dirty",
     "doctor": "outboard.cli.doctor:doctor",
@@ -27,6 +28,7 @@ _COMMANDS = {
     "migrate": "outboard.cli.migrate:migrate",
     "mrc": "outboard.cli.mrc:mrc",
     "pki": "outboard.cli.pki:pki",
+    "recover": "outboard.cli.blocks:recover",
     "release": "outboard.cli.memory:release",
     "residency": "outboard.cli.memory:residency",
     "run": "outboard.cli.run:run",

@@ -24,6 +24,7 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     host_checks.qemu,
     host_checks.network,
     host_checks.cpu_limits,
+    host_checks.leases,
     setup_checks.directories,
     setup_checks.configuration,
     setup_checks.guests,

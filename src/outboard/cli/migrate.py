@@ -62,6 +62,13 @@ _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.D
     type=click.IntRange(1, MAX_STREAMS),
     help="Connections for the bulk; without it by the processors and the link.",
 )
+@click.option(
+    "--blocks",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Refer to disk images that both hosts have, instead of sending what they hold.",
+)
 @click.option("--verify", is_flag=True, help="Stay paused until all has arrived and compare digests of every page.")
 @click.option("--plan", "planned", is_flag=True, help="Move nothing: watch the VM for 3 s, and say what would happen.")
 @click.option("--wait/--detach", default=True, show_default=True, help="Follow it, or return once it has begun.")

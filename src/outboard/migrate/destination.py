@@ -32,6 +32,9 @@ from outboard.pager.peer_faults import FaultCounters, PeerFaultServer
 from outboard.pager.rebuilding import Rebuilding
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Where
+from outboard.stores.disk import DiskStore
+from outboard.stores.images.images import Images
+from outboard.stores.images.sampling import sample
 from outboard.stores.peer import PeerStore
 from outboard.vmm.device_state import Arrival
 from outboard.vmm.guest import Guest
@@ -68,6 +71,7 @@ class Incoming:
     :param running: let it run once it is ours; False: it was paused there.
     :param commit: called once, before the VM runs: whether it may be ours.
     :param note_arrived: keeps the message that no page is missing, for a source that does not hear it.
+    :param images: of its disks, as they are here; None: none is looked at.
     :param reopen: waits for the source to call again, and lets its streams in.
 
     Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
@@ -84,6 +88,7 @@ class Incoming:
         running: bool,
         commit: Callable[[], bool],
         note_arrived: Callable[[bytes], None],
+        images: Images | None = None,
         reopen: Callable[[], dict[str, Channel]],
     ) -> None:
         self.committed = arrival is None
@@ -91,6 +96,8 @@ class Incoming:
         self._source, self._running = source, running
         self._commit, self._note_arrived, self._reopen = commit, note_arrived, reopen
         self._memory, self._arrival, self._large = memory, arrival, large
+        # What its QEMU will write to is not to be read before that owns it: old blocks would stay in the page cache.
+        self._images = [layer.file if layer.fixed else None for layer in images.layers] if images is not None else []
         self._rebuilding: Worker | None = None
         self._counters = FaultCounters()
         self._faults: Worker | None = None
@@ -156,7 +163,7 @@ class Incoming:
         faults = self._faults = self._serve_faults(streams["urgent"])
 
         def receive_bulk(channel: Channel, link: socket.socket) -> None:
-            BulkReceiver(self._memory, channel, faults.link, link).serve()
+            BulkReceiver(self._memory, channel, faults.link, link, DiskStore(self._images)).serve()
 
         bulk = []
         for channel in messages.bulk_of(streams):
@@ -278,6 +285,9 @@ class Incoming:
                     self._rebuild()
             case messages.Digests():
                 self._send_digests(control)
+            case messages.Images(nonce):
+                seen = ["" if file is None else sample(file, nonce) for file in self._images]
+                control.send(messages.ImagesSeen(seen))
             case messages.Commit():
                 self._run(control)
             case other:

@@ -49,6 +49,7 @@ class Content:
 
     :ivar packed_bytes: what it was on the wire. :ivar codec_ns: of processor time, spent to make it so.
     :ivar same_pages: that went as references. :ivar changed_pages: that went as what has changed of them.
+    :ivar block_pages: that went as blocks of disks. :ivar refused_blocks: of these, that the destination asked for.
     :ivar codec_pages: that went whole, by codec, in the order of wire.codecs.CODERS.
     """
 
@@ -56,6 +57,8 @@ class Content:
     codec_ns: int
     same_pages: int
     changed_pages: int
+    block_pages: int
+    refused_blocks: int
     codec_pages: tuple[int, ...]
 
 
@@ -83,7 +86,7 @@ class Outbox:
     """
 
     _DATA, _ZERO, _URGENT, _BULK_BYTES, _URGENT_BYTES, _LIMIT, _HALT, _RATE = range(8)
-    _BUSY, _PACKED, _CODEC_NS, _SAME, _CHANGED, _CODECS = range(8, 14)
+    _BUSY, _PACKED, _CODEC_NS, _SAME, _CHANGED, _BLOCK, _REFUSED, _CODECS = range(8, 16)
 
     def __init__(self, pages: int, *, unit: int = 1, digested: bool = False) -> None:
         self.pages = pages
@@ -160,6 +163,11 @@ class Outbox:
         self._counters[stream, self._SAME] += same
         self._counters[stream, self._CHANGED] += changed
 
+    def count_blocks(self, pages: int, refused: int, stream: int = 0) -> None:
+        """Note how many pages went as blocks of disks, and how many of those the destination asked for."""
+        self._counters[stream, self._BLOCK] += pages
+        self._counters[stream, self._REFUSED] += refused
+
     def count_urgent(self, pages: int, octets: int) -> None:
         """Note what the answerer sent."""
         self._counters[0, self._URGENT] += pages
@@ -207,5 +215,13 @@ class Outbox:
             c[self._BULK_BYTES],
             c[self._URGENT_BYTES],
             c[self._RATE],
-            Content(c[self._PACKED], c[self._CODEC_NS], c[self._SAME], c[self._CHANGED], tuple(c[self._CODECS :])),
+            Content(
+                c[self._PACKED],
+                c[self._CODEC_NS],
+                c[self._SAME],
+                c[self._CHANGED],
+                c[self._BLOCK],
+                c[self._REFUSED],
+                tuple(c[self._CODECS :]),
+            ),
         )

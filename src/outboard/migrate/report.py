@@ -111,6 +111,12 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     """That went as a reference to one with the same content."""
     changed_pages: int = 0
     """That were sent again as what had changed of them."""
+    pages_by_block: int = 0
+    """That went as references to blocks of disk images."""
+    refused_blocks: int = 0
+    """Of these, that the destination did not find there, and that were sent."""
+    blocks: str = ""
+    """Which images both hosts have, or why none is used."""
     codecs: dict[str, int] = {}
     """Pages that went whole, by codec."""
     codec_s: float = 0.0

@@ -35,18 +35,21 @@ from outboard.migrate.line import Line
 from outboard.migrate.method import EARLY_SECONDS, Method, Options
 from outboard.migrate.outbox import Outbox
 from outboard.migrate.progress import Watch
+from outboard.migrate.references import References
 from outboard.migrate.rounds import Rounds
 from outboard.migrate.sending import Done, Send
 from outboard.migrate.stale import Stale
 from outboard.migrate.states import Event, Machine, State, Where
 from outboard.migrate.steering import STEP_S, Speakers, Steering
 from outboard.migrate.streams import suggested
+from outboard.migrate.worker import Worker
 from outboard.pages import LARGE, PAGE_SIZE
 from outboard.trace.writes import open_write_trace, traces_pages
 from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure, take_back
 from outboard.vmm.guest import QemuGuest
 from outboard.vmm.large_pages import collapse, large_mappings
+from outboard.vmm.spec import parse_spec
 
 
 class Outgoing:
@@ -54,7 +57,7 @@ class Outgoing:
 
     :param spec: the VM's spec as TOML, for the destination.
     :param directory: for the unix socket of QEMU's device state.
-    :param identity: the directory of this host's TLS identity.
+    :param identity: the directory of this host's TLS identity. :param indexes: that of the disk images' indexes.
     :param began: when the command came, CLOCK_MONOTONIC.
     :param before_commit: called just before the VM is given away.
     :param free: called when its QEMU has ended; gives back its memory's file.
@@ -74,6 +77,7 @@ class Outgoing:
         spec: str,
         directory: Path,
         identity: Path,
+        indexes: Path,
         desk: Desk,
         began: float,
         throttle_gain: float,
@@ -104,8 +108,19 @@ class Outgoing:
         self._cleanup = contextlib.ExitStack()
         self._steering = Steering(self.machine, self.watch, desk, self.outbox, destination.name)
         self._steering.listen(self._speakers)
+        disks = parse_spec(spec, f"the spec of {guest.name}").disks
+        self.references = References(disks, indexes, enabled=options.blocks == "auto")
+        self._cleanup.callback(self.references.close)
         self.line = Line(
-            migration, guest, self.outbox, destination, identity, self._steering, self._ready, options.compress
+            migration,
+            guest,
+            self.outbox,
+            destination,
+            identity,
+            self._steering,
+            self._ready,
+            options.compress,
+            self.references,
         )
         self._cleanup.callback(self.line.hang_up)
         self._hints = Hints(guest, self.outbox, options, self._steering, self.findings, self._classed)
@@ -241,6 +256,9 @@ class Outgoing:
         )
         if self._needs_trace:
             self._arm()
+        if self.references.wanted:
+            indexing = Worker("outboard-index", lambda _: self.references.make_indexes())
+            self._cleanup.callback(indexing.end)
         ranking.rank_all(self.outbox, guest.memory.populated())
         with self._hints.gathering(self._stale.trace):
             self._departure = Departure(guest, self._directory, running=self._running)
@@ -270,6 +288,8 @@ class Outgoing:
         if self._large:
             early = not self.options.method.resumes_early
             self.line.control.send_pages(messages.LARGE, self._large, messages.Large(early=early))
+        if self.references.wanted:
+            self.line.control.send(self.references.ask())
         self._steering.on(Event.READY)
         self._send_early()
 

@@ -71,6 +71,9 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         packed_bytes=sent.content.packed_bytes,
         reference_pages=sent.content.same_pages,
         changed_pages=sent.content.changed_pages,
+        pages_by_block=sent.content.block_pages,
+        refused_blocks=sent.content.refused_blocks,
+        blocks=outgoing.references.words,
         codecs={coder.name: pages for coder, pages in zip(CODERS, sent.content.codec_pages, strict=True) if pages},
         codec_s=sent.content.codec_ns / 1e9,
     )

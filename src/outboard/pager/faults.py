@@ -37,6 +37,7 @@ class FaultStatistics:
     raced: int
     again: int
     damaged: int
+    disk: int
     latencies: Latencies
 
 
@@ -141,6 +142,6 @@ class FaultServer:
 
     def statistics(self) -> FaultStatistics:
         """A frozen snapshot."""
-        pool, file, zero, minor, protected, left, raced, again, damaged = self._desk.counts.tolist()
+        pool, file, zero, minor, protected, left, raced, again, damaged, disk = self._desk.counts.tolist()
         latencies = self._histogram.statistics()
-        return FaultStatistics(pool, file, zero, minor, protected, left, raced, again, damaged, latencies)
+        return FaultStatistics(pool, file, zero, minor, protected, left, raced, again, damaged, disk, latencies)

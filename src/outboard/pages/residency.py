@@ -49,9 +49,11 @@ class Where(IntEnum):
     """In the pool: memory of this host that guests share."""
     FILE = 4
     """In a swap file."""
+    DISK = 5
+    """On a disk of the VM, which held it already: the locator names image and block."""
 
 
-STORED = (Where.POOL, Where.FILE)
+STORED = (Where.POOL, Where.FILE, Where.DISK)
 """Where ``locator`` says more."""
 
 
