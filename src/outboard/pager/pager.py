@@ -22,12 +22,13 @@ from outboard.errors import DamagedPageError, KernelError, RefusedError
 from outboard.linux.userfaultfd import Features, Mode
 from outboard.pager import batches
 from outboard.pager.faults import FaultServer, FaultStatistics
-from outboard.pager.serving import Table
+from outboard.pager.serving import LENDER, Table
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
-from outboard.stores.file import FileStore
+from outboard.pages.shared import shared_array
+from outboard.stores.store import PagedStore
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 
@@ -75,7 +76,7 @@ class Pager:
     """
 
     def __init__(
-        self, guest: Guest, residency: Residency, stores: Mapping[Where, FileStore], clamp: Clamp | None = None
+        self, guest: Guest, residency: Residency, stores: Mapping[Where, PagedStore], clamp: Clamp | None = None
     ) -> None:
         if clamp is not None and not clamp.mode & Mode.WP:
             raise RefusedError(
@@ -100,7 +101,8 @@ class Pager:
         self._stores = stores
         self._regions = guest.memory.table()
         self._claimed: NDArray[np.uint8] = np.zeros(guest.pages, dtype=np.uint8)
-        self._staging: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
+        # On whole pages, as files that go past the page cache ask.
+        self._staging: NDArray[np.uint8] = shared_array(_BATCH * PAGE_SIZE, np.uint8)
         self._evicted = self._zeros = self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
         self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
@@ -117,11 +119,14 @@ class Pager:
         self._faults.start()
 
     def _table(self) -> Table:
-        files: NDArray[np.int32] = np.full(max(Where) + 1, -1, dtype=np.int32)
+        files: NDArray[np.int32] = np.full(max(Where) + 2, -1, dtype=np.int32)
+        lent = np.empty(0, dtype=np.int64)
         taken, digests = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint64)
         arrays = dict.fromkeys(STORED, (taken, digests))
         for where, store in self._stores.items():
             files[where] = store.fileno()
+            if store.lent.size:
+                files[LENDER], lent = store.lender(), store.lent
             arrays[where] = store.taken, digests if store.digests is None else store.digests
         return Table(
             self._regions,
@@ -131,6 +136,7 @@ class Pager:
             files,
             *arrays[Where.POOL],
             *arrays[Where.FILE],
+            lent,
         )
 
     def _recover(self) -> None:
@@ -205,7 +211,7 @@ class Pager:
                 self._everywhere("UFFDIO_WAKE", runs)
         return went
 
-    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore) -> None:
+    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: PagedStore) -> None:
         runs = self._runs(numbers)
         content = self._staging[: numbers.size * PAGE_SIZE]
         try:
@@ -248,7 +254,7 @@ class Pager:
             raise damage
         return came
 
-    def _bring_back(self, numbers: NDArray[np.int64], store: FileStore) -> None:
+    def _bring_back(self, numbers: NDArray[np.int64], store: PagedStore) -> None:
         content = self._staging[: numbers.size * PAGE_SIZE]
         locators = self.residency.locator[numbers]
         store.fetch(locators, content)
@@ -257,7 +263,7 @@ class Pager:
         self.residency.returned(numbers)
         store.drop(locators)
 
-    def _bring_what_is_whole(self, numbers: NDArray[np.int64], store: FileStore) -> int:
+    def _bring_what_is_whole(self, numbers: NDArray[np.int64], store: PagedStore) -> int:
         came = 0
         for page in np.split(numbers, numbers.size):
             with contextlib.suppress(DamagedPageError):

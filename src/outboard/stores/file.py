@@ -55,11 +55,19 @@ class FileStore:
         except BaseException:
             os.close(self._fd)
             raise
+        self.lent: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._put = self._fetched = 0
 
     def fileno(self) -> int:
         """The file: slot *n* is its page *n*."""
         return self._fd
+
+    def lender(self) -> int:
+        """Nobody lends it anything."""
+        return -1
+
+    def trim(self) -> None:
+        """Its room is its own."""
 
     def put(self, content: NDArray[np.uint8]) -> NDArray[np.uint64]:
         """See :meth:`Store.put`; a write that fails keeps nothing.
