@@ -28,7 +28,7 @@ from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
 from outboard.pages.shared import shared_array
-from outboard.stores.store import PagedStore
+from outboard.stores.file import FileStore
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 
@@ -76,7 +76,7 @@ class Pager:
     """
 
     def __init__(
-        self, guest: Guest, residency: Residency, stores: Mapping[Where, PagedStore], clamp: Clamp | None = None
+        self, guest: Guest, residency: Residency, stores: Mapping[Where, FileStore], clamp: Clamp | None = None
     ) -> None:
         if clamp is not None and not clamp.mode & Mode.WP:
             raise RefusedError(
@@ -211,7 +211,7 @@ class Pager:
                 self._everywhere("UFFDIO_WAKE", runs)
         return went
 
-    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: PagedStore) -> None:
+    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore) -> None:
         runs = self._runs(numbers)
         content = self._staging[: numbers.size * PAGE_SIZE]
         try:
@@ -254,7 +254,7 @@ class Pager:
             raise damage
         return came
 
-    def _bring_back(self, numbers: NDArray[np.int64], store: PagedStore) -> None:
+    def _bring_back(self, numbers: NDArray[np.int64], store: FileStore) -> None:
         content = self._staging[: numbers.size * PAGE_SIZE]
         locators = self.residency.locator[numbers]
         store.fetch(locators, content)
@@ -263,7 +263,7 @@ class Pager:
         self.residency.returned(numbers)
         store.drop(locators)
 
-    def _bring_what_is_whole(self, numbers: NDArray[np.int64], store: PagedStore) -> int:
+    def _bring_what_is_whole(self, numbers: NDArray[np.int64], store: FileStore) -> int:
         came = 0
         for page in np.split(numbers, numbers.size):
             with contextlib.suppress(DamagedPageError):

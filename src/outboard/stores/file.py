@@ -30,7 +30,8 @@ from outboard.stores.store import StoreStatistics
 class FileStore:
     """``room`` pages in the file at ``path``, made if it is not there; a :class:`~outboard.stores.store.Store`.
 
-    ``taken`` and ``digests`` (None on tmpfs) are the live arrays by slot, for the compiled fault path.
+    ``taken`` and ``digests`` (None on tmpfs) are the live arrays by slot, for the compiled fault path; so is ``lent``,
+    by units of the file, where these may lie in the lender's file instead (empty here: nobody lends anything).
 
     :raise OutboardError: the file is there and was made for another number of pages.
     :raise KernelError: it cannot be opened.
@@ -63,11 +64,11 @@ class FileStore:
         return self._fd
 
     def lender(self) -> int:
-        """Nobody lends it anything."""
+        """The file in which lent units lie; -1: there is none."""
         return -1
 
     def trim(self) -> None:
-        """Its room is its own."""
+        """Give back, to whom it came from, room that no page is in."""
 
     def put(self, content: NDArray[np.uint8]) -> NDArray[np.uint64]:
         """See :meth:`Store.put`; a write that fails keeps nothing.

@@ -49,24 +49,3 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let go of it; what it keeps stays."""
-
-
-class PagedStore(Store, Protocol):
-    """A store in files of this host, which the compiled fault path reads by itself.
-
-    ``taken`` and ``digests`` (None where memory is trusted) are the live arrays by slot. ``lent`` has an entry for each
-    unit of the file where units may lie in the lender instead; it is empty where none can.
-    """
-
-    taken: NDArray[np.uint8]
-    digests: NDArray[np.uint64] | None
-    lent: NDArray[np.int64]
-
-    def fileno(self) -> int:
-        """The file: slot *n* is its page *n*, unless its unit is lent."""
-
-    def lender(self) -> int:
-        """The file in which lent units lie; -1 where there is none."""
-
-    def trim(self) -> None:
-        """Give back, to whom it came from, room that nothing is in."""

@@ -26,6 +26,7 @@ from outboard.errors import DamagedPageError, KernelError, StoreFullError
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digests
 from outboard.pages.shared import file_array, shared_array
+from outboard.stores.file import FileStore
 from outboard.stores.reservation import UNIT, UNIT_PAGES, Reservation, SwapFile
 from outboard.stores.store import StoreStatistics
 
@@ -36,12 +37,14 @@ _KEPT = 2
 _LENT = 2
 
 
-class SwapStore:
+class SwapStore(FileStore):
     """``room`` pages at most, in the swap file ``name`` of ``reservation``; a :class:`~outboard.stores.store.Store`.
 
     :param beside: the directory of what goes with it, by the name of the store in front.
     :raise StoreFullError: the disk has no room even for the file's name.
     :raise KernelError: it cannot be opened.
+
+    It is closed with the reservation that it was given.
 
     Synchronization: one thread puts and trims; any fetches and drops.
     """
