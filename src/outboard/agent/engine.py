@@ -25,6 +25,7 @@ from outboard.agent.config import state_dir
 from outboard.agent.history import History
 from outboard.agent.manager import Manager
 from outboard.agent.planning import Planning
+from outboard.agent.promises import admitted
 from outboard.agent.succession import keep_task, left_task, only_one
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import NeedsRecoveryError, OutboardError, UnreachableError
@@ -355,7 +356,9 @@ def _reopen(work: Receive, directory: Path, identity: Path) -> dict[str, Channel
 def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack, identity: Path) -> Incoming:
     """Start the QEMU and clamp on to it; ``until_end`` lets go of it, and ends it unless the VM has become ours."""
     prepare = work.prepare
-    record = launch(parse_spec(prepare.spec, f"the spec of {prepare.vm}"), registry, incoming=True)
+    spec = parse_spec(prepare.spec, f"the spec of {prepare.vm}")
+    with admitted(spec, registry):
+        record = launch(spec, registry, incoming=True)
     incoming: Incoming | None = None
 
     def end() -> None:
