@@ -27,6 +27,7 @@ from outboard.agent.manager import Manager
 from outboard.agent.planning import Planning
 from outboard.agent.promises import admitted
 from outboard.agent.succession import keep_task, left_task, only_one
+from outboard.agent.swapping import Swapping
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import NeedsRecoveryError, OutboardError, UnreachableError
 from outboard.linux import pidfd, prctl, sched
@@ -97,7 +98,7 @@ class Manage(msgspec.Struct, frozen=True, tag="manage"):
     """Manage the memory of a VM of this host; ``successor``: take it over from the engine that does."""
 
     vm: str
-    swap: str
+    swap: Swapping
     successor: bool
 
 
@@ -247,7 +248,7 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
 def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
     """Manage the VM's memory for as long as it runs; the agent is told once, and not needed afterwards."""
     record = registry.get(work.vm)
-    manager = Manager(record.memory_directory, record.attach, Path(work.swap), successor=work.successor)
+    manager = Manager(record.memory_directory, record.attach, work.swap, successor=work.successor)
     desk.report(Managing(engine=os.getpid()))
     desk.close()
     manager.serve()

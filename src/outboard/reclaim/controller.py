@@ -2,8 +2,8 @@
 
 A VM that gets less than it uses says so by faults on what was taken: the refaults. Pages are taken in steps, each twice
 as large as the last while few come back. When more come back than allowed, nothing is taken for a while, a little of
-the way to the target is given up, and the next step is small again; each such time in a row the pause is twice as long. So
-the VM settles above the target where its working set ends, and is tried again now and then, for working sets shrink.
+the way to the target is given up, and the next step is small again; each such time in a row the pause is twice as long.
+So the VM settles above the target where its working set ends, and is tried again now and then, for that may shrink.
 
 Clocks and readings are passed in.
 """
