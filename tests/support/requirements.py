@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from outboard.linux import cgroup, hugetlb, proc, psi
+from outboard.linux import cgroup, hugetlb, proc, psi, statfs
 from outboard.linux.pagemap import has_pagemap_scan, has_soft_dirty
 from outboard.linux.userfaultfd import DEVICE, Features, available_features
 
@@ -18,7 +19,13 @@ def _kernel(feature: Features) -> Callable[[], bool]:
     return lambda: feature in available_features()
 
 
+def _keeps_blocks() -> bool:
+    with tempfile.TemporaryFile() as file:
+        return statfs.of(file.fileno()).type in (statfs.EXT4_SUPER_MAGIC, statfs.XFS_SUPER_MAGIC)
+
+
 _CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
+    "block-file-system": (_keeps_blocks, "temporary files are not on ext4 or XFS"),
     "pagemap-scan": (has_pagemap_scan, "the kernel has no PAGEMAP_SCAN (Linux 6.7)"),
     "cgroup-cpu": (lambda: cgroup.cpu_version() is not None, "no cgroup hierarchy with the cpu controller is mounted"),
     "hugetlb-2mib": (lambda: any(p.page_size == 2 << 20 and p.free for p in hugetlb.pools()), "no free 2 MiB pages"),

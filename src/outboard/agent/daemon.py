@@ -82,7 +82,7 @@ class Agent:
         self._identity = identity
         self._registry = registry
         self._engines = Engines(registry, identity)
-        self._supervisor = Supervisor(self._engines.start, registry, state_dir() / "swap", config.swap)
+        self._supervisor = Supervisor(self._engines.start, registry, state_dir() / "swap", config)
         self._engaging: list[str] = []
         self._departures = Departures(
             config, registry, self._engines, History(state_dir() / "history.db"), self._is_managed

@@ -18,10 +18,11 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from outboard.agent.config import Swap
+from outboard.agent.config import AgentConfig
 from outboard.agent.engine import Manage, Managing, Refused
 from outboard.agent.manager import CONTROL
 from outboard.agent.orders import Look, ask
+from outboard.agent.promises import pools_of, promises
 from outboard.agent.swapping import PlainSwap, ReservedSwap, Swapping
 from outboard.errors import KernelError, NotFoundError, OutboardError, UnreachableError, error_of
 from outboard.linux import pidfd
@@ -39,18 +40,20 @@ class Supervisor:
     """The engines of the managed VMs.
 
     :param start: starts an engine for a task; its pipe.
-    :param swap: the directory of the swap files; :param reserved: the reservation instead, if there is one.
+    :param swap: the directory of the swap files; :param config: the host's, whose reservation takes their place if it
+        has one.
 
     Synchronization: any thread; what is done for one VM does not wait for another.
     """
 
     def __init__(
-        self, start: Callable[[Manage], Connection], registry: Registry, swap: Path, reserved: Swap | None = None
+        self, start: Callable[[Manage], Connection], registry: Registry, swap: Path, config: AgentConfig | None = None
     ) -> None:
         self._start = start
         self._registry = registry
         self._swap = swap
-        self._reserved = reserved
+        self._reserved = None if config is None else config.swap
+        self._pools = None if config is None else pools_of(config)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._watched: dict[str, int] = {}
 
@@ -92,6 +95,7 @@ class Supervisor:
             return engine
 
     def _run(self, vm: str, *, successor: bool) -> int:
+        self._admit(vm)
         pipe = self._start(Manage(vm=vm, swap=self._swapping(vm), successor=successor))
         try:
             if not pipe.poll(_READY_S):
@@ -107,6 +111,15 @@ class Supervisor:
             raise error_of(answer.exit_code, answer.why)
         log.info("memory is managed", vm=vm, engine=answer.engine)
         return answer.engine
+
+    def _admit(self, vm: str) -> None:
+        """A VM that was started before anything was reserved is looked at when it is first managed.
+
+        :raise RefusedError: ``swap-reservation``, ``no-pool``.
+        """
+        if self._pools is not None and not self._managed(vm):
+            all_ = promises(self._registry)
+            self._pools.admit(vm, all_[vm], all_)
 
     def _swapping(self, vm: str) -> Swapping:
         spec = parse_spec(self._registry.get(vm).spec_text(), f"the spec of {vm}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class FileStore:
     :raise OutboardError: the file is there and was made for another number of pages.
     :raise KernelError: it cannot be opened.
 
-    Synchronization: one thread puts; any fetches and drops.
+    Synchronization: any thread.
     """
 
     def __init__(self, path: Path, room: int) -> None:
@@ -57,6 +58,7 @@ class FileStore:
             os.close(self._fd)
             raise
         self.lent: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._allocating = threading.Lock()
         self._put = self._fetched = 0
 
     def fileno(self) -> int:
@@ -76,7 +78,8 @@ class FileStore:
         :raise StoreFullError: no room in the file, or none on its disk.
         """
         count = content.size // PAGE_SIZE
-        slots = self._slots.allocate(count)
+        with self._allocating:
+            slots = self._slots.allocate(count)
         if slots is None:
             raise StoreFullError(
                 f"{self.path} has room for {self.room} pages, {self._slots.used()} of them taken; {count} more were "

@@ -551,6 +551,12 @@ class Reservation:
         """The swap files, with the blocks (of 512 bytes) of each."""
         return {path.name: path.stat().st_blocks for path in self._files.iterdir()}
 
+    def lent_by_name(self) -> dict[str, int]:
+        """Bytes that are lent to each swap file to which any are."""
+        with self._locked():
+            counts = {path.name: self._count(path.stat().st_ino) for path in self._files.iterdir()}
+        return {name: count * UNIT for name, count in counts.items() if count}
+
     def _empty(self, path: Path) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
         try:

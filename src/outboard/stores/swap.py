@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class SwapStore(FileStore):
 
     It is closed with the reservation that it was given.
 
-    Synchronization: one thread puts and trims; any fetches and drops.
+    Synchronization: any thread.
     """
 
     def __init__(self, reservation: Reservation, name: str, room: int, beside: Path) -> None:
@@ -74,8 +75,17 @@ class SwapStore(FileStore):
         self.lent[:] = ours
         reservation.return_lent(self._file, list(lent))
         self._hand = 0
-        self._staging: NDArray[np.uint8] = shared_array(UNIT, np.uint8)
+        self._allocating = threading.Lock()
+        self._local = threading.local()
         self._put = self._fetched = 0
+
+    @property
+    def _staging(self) -> NDArray[np.uint8]:
+        """A unit on whole pages, for what is not; the thread's own."""
+        if not hasattr(self._local, "staging"):
+            self._local.staging = shared_array(UNIT, np.uint8)
+        staging: NDArray[np.uint8] = self._local.staging
+        return staging
 
     def _opened(self) -> SwapFile:
         if self._file is None:
@@ -102,27 +112,28 @@ class SwapStore(FileStore):
         """
         file, digests = self._opened(), self._digests()
         count = content.size // PAGE_SIZE
-        if count + self._used() > self.room:
-            raise StoreFullError(
-                f"{self._used()} of the {self.room} pages that may be swapped out of {self.name} are; {count} more "
-                "were to be"
-            )
-        taken: list[NDArray[np.uint64]] = []
-        missing = count
+        rooms: list[tuple[NDArray[np.uint64], bool]] = []
+        done = 0
         try:
-            for slots, is_written in self._rooms(file, content):
-                taken.append(slots)
-                part = content[(count - missing) * PAGE_SIZE :][: slots.size * PAGE_SIZE]
+            with self._allocating:
+                if count + self._used() > self.room:
+                    raise StoreFullError(
+                        f"{self._used()} of the {self.room} pages that may be swapped out of {self.name} are; {count} "
+                        "more were to be"
+                    )
+                rooms.extend(self._rooms(file, content))
+            for slots, is_written in rooms:
+                part = content[done * PAGE_SIZE :][: slots.size * PAGE_SIZE]
                 digests[slots] = page_digests(part)
                 if not is_written:
                     self._write(file, slots, part)
-                missing -= slots.size
+                done += slots.size
         except BaseException:
-            for slots in taken:
+            for slots, _ in rooms:
                 self.taken[slots] = 0
             raise
         self._put += count
-        return np.concatenate(taken) if taken else np.empty(0, dtype=np.uint64)
+        return np.concatenate([slots for slots, _ in rooms]) if rooms else np.empty(0, dtype=np.uint64)
 
     def _used(self) -> int:
         return int(np.count_nonzero(self.taken))
@@ -231,7 +242,10 @@ class SwapStore(FileStore):
 
     def trim(self, keep: int = _KEPT) -> None:
         """Give back the units that no page is in, but ``keep`` of them."""
-        file = self._opened()
+        with self._allocating:
+            self._trim(self._opened(), keep)
+
+    def _trim(self, file: SwapFile, keep: int) -> None:
         empty = np.flatnonzero((self.lent > 0) & ~self.taken.reshape(-1, UNIT_PAGES).any(axis=1)).tolist()[keep:]
         lent = [unit for unit in empty if self.lent[unit] >= _LENT]
         if lent:
