@@ -231,6 +231,17 @@ def test_what_is_no_record_is_said_to_be_none(tmp_path: Path) -> None:
         Reservation(tmp_path, 8 * MIB)
 
 
+def test_who_only_looks_makes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"8 MiB are not reserved in .* yet") as caught:
+        Reservation(tmp_path, 8 * MIB, make=False)
+    assert caught.value.reason == "swap-not-made"
+    made = Reservation(tmp_path, 8 * MIB)
+    with pytest.raises(RefusedError, match="16 MiB are not reserved"):
+        Reservation(tmp_path, 16 * MIB, make=False)
+    assert made.statistics() == Reservation(tmp_path, 8 * MIB, make=False).statistics()
+    made.close()
+
+
 def test_odd_sizes_are_refused(tmp_path: Path) -> None:
     for size in (0, -MIB, MIB + 1):
         with pytest.raises(RefusedError, match="multiple of 1 MiB"):

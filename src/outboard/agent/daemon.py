@@ -33,6 +33,8 @@ from outboard.agent.engine import (
 )
 from outboard.agent.engines import Engines
 from outboard.agent.history import History
+from outboard.agent.pressure import Pressure
+from outboard.agent.promises import pools_of
 from outboard.agent.supervisor import Supervisor
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import (
@@ -105,6 +107,10 @@ class Agent:
     def _reserve(self) -> None:
         try:
             self._supervisor.reserve()
+            swap, pools = self._config.swap, pools_of(self._config)
+            if swap is not None and pools is not None and swap.pressure:
+                moving = self._departures.is_migrating
+                Pressure(pools, self._registry, self._supervisor.ensure, moving).start(swap.stall_ms)
         except OutboardError as error:
             # VMs run without it; none is managed, but those that are already.
             log.error("no swap is reserved", why=str(error))

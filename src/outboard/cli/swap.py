@@ -69,10 +69,10 @@ def status_of() -> SwapStatus:
     pools = None if config is None else pools_of(config)
     if config is None or config.swap is None or pools is None:
         raise NotFoundError("no swap is reserved on this host; add [swap] with a reservation to agent.toml")
-    if not (config.swap.place / "map").exists():
+    if not config.swap.place.exists():
         raise NotFoundError(f"nothing is reserved in {config.swap.place} yet; outboard agent does that as it starts")
     promised = promises(Registry(runtime_dir()))
-    reservation = Reservation(config.swap.place, config.swap.reservation_bytes)
+    reservation = Reservation(config.swap.place, config.swap.reservation_bytes, make=False)
     with contextlib.closing(reservation):
         now, files, lent = reservation.statistics(), reservation.names(), reservation.lent_by_name()
     vms = [

@@ -115,16 +115,18 @@ class ReservationStatistics:
 class Reservation:
     """The reservation of ``size`` bytes (whole units) in ``directory``, made if it is not there.
 
+    :param make: otherwise it must be there, with that size.
+
     ``way``: how units move.
 
     :raise RefusedError: ``swap-file-system``: blocks cannot be kept on this file system; ``swap-space``: they are not
-        there; ``swap-in-use``: it is there with another size, and some of it is taken.
+        there; ``swap-in-use``: it is there with another size, and some of it is taken; ``swap-not-made``.
     :raise KernelError: the kernel refused.
 
     Synchronization: any number of processes; within one, one thread. Blocks move under a lock of the kernel's.
     """
 
-    def __init__(self, directory: Path, size: int) -> None:
+    def __init__(self, directory: Path, size: int, *, make: bool = True) -> None:
         if size <= 0 or size % UNIT:
             raise RefusedError("swap-size", f"a reservation of {size} bytes: it must be a multiple of {UNIT >> 20} MiB")
         self.directory = directory
@@ -141,14 +143,14 @@ class Reservation:
             self._zeros: NDArray[np.uint8] = shared_array(UNIT, np.uint8)
             fcntl.flock(self._state, fcntl.LOCK_EX)
             try:
-                self._open(undo)
+                self._open(undo, make=make)
             finally:
                 fcntl.flock(self._state, fcntl.LOCK_UN)
             undo.pop_all()
 
     # Opening and making
 
-    def _open(self, undo: contextlib.ExitStack) -> None:
+    def _open(self, undo: contextlib.ExitStack, *, make: bool) -> None:
         head = self._head()
         if head is not None and head.units != self.units:
             if any(self._files.iterdir()):
@@ -159,6 +161,12 @@ class Reservation:
                 )
             head = None
         if head is None:
+            if not make:
+                raise RefusedError(
+                    "swap-not-made",
+                    f"{(self.units - SPARE)} MiB are not reserved in {self.directory} yet; outboard agent does that as "
+                    "it starts",
+                )
             self._make()
         self._map: NDArray[np.int64] = file_array(self.directory / "map", self.units, np.int64)
         self._ours = os.open(self.directory / "reservation", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
