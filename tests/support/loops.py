@@ -19,11 +19,11 @@ _INCOMPAT, _CRC, _EXCHANGE = 216, 224, 1 << 6
 
 
 @contextlib.contextmanager
-def mounted(kind: str, directory: Path) -> Iterator[Path]:
-    """Make a file system of one of KINDS, 320 MiB large, in ``directory``; where it is mounted."""
+def mounted(kind: str, directory: Path, size: int = _SIZE) -> Iterator[Path]:
+    """Make a file system of one of KINDS, 320 MiB large or ``size``, in ``directory``; where it is mounted."""
     image, place = directory / f"{kind}.img", directory / kind
     with image.open("wb") as file:
-        file.truncate(_SIZE)
+        file.truncate(size)
     if kind == "ext4":
         _run("mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", str(image))
     else:

@@ -15,14 +15,15 @@ empty goes back, and the blocks of all files together stay the same. How a unit 
 
 * *exchange* (XFS made for it, Linux 6.10): XFS_IOC_EXCHANGE_RANGE lets a unit and a hole change places, atomically;
 * *clone* (XFS with reflink): the swap file's hole is made to share the unit, and the reservation lets go of it;
-* *allocate* (ext4): the unit is punched out of the reservation, then allocated in the swap file.
-  EXT4_IOC_MOVE_EXT moves nothing into a hole.
+* *allocate* (ext4): a unit is allocated in the swap file, then one is punched out of the reservation; between the two
+  steps there is one more. In the other order a block would be nobody's for a moment, and whoever writes to a full disk
+  could snatch it. (EXT4_IOC_MOVE_EXT exchanges what both files have, and moves nothing into a hole.)
 
-Whoever else writes to a full disk may snatch a block while it is nobody's (*allocate*), and a full disk may refuse what
-its bookkeeping needs. Neither matters: where a unit cannot move it is *lent*. The page then goes into the unit where it
-lies, in the reservation itself, which takes nothing from the disk. Units are lent until they are empty again. ``SPARE``
-units more than promised are reserved, each of which may be snatched once; when they are gone, units are lent only,
-until the disk has room to make good what was lost.
+A full disk may have no room for that one, nor for what its bookkeeping needs. It does not matter: where a unit cannot
+move it is *lent*. The page then goes into the unit where it lies, in the reservation itself, which takes nothing from
+the disk. Units are lent until they are empty again. Only where a swap file is removed, or somebody has died over a
+move, on a full disk, blocks are free for a moment; what is snatched then is *lost* until the disk has room again, and
+``SPARE`` units more than promised are reserved against that.
 
 Before a unit moves the intent names it, so that whoever takes the lock after a death can finish: a unit must be here
 whole and not there, or there whole and not here; anything else is undone, by punching it there and allocating it here.
@@ -385,7 +386,7 @@ class Reservation:
     def _move_out(self, fd: int, unit: int, k: int) -> bool:
         """Move a unit into a hole of a swap file; whether that worked."""
         if self.way is Way.ALLOCATE:
-            return self._count(_LOST) < SPARE and self._reallocate(k, fd, unit)
+            return self._reallocate(self._ours, k, fd, unit)
         return self._move(self._ours, k, fd, unit)
 
     def _move(self, source: int, at: int, target: int, to: int) -> bool:
@@ -409,39 +410,42 @@ class Reservation:
                     os.ftruncate(self._ballast, 0)
         return False
 
-    def _reallocate(self, at: int, target: int, to: int) -> bool:
-        """ext4: as many blocks; whether that worked, if not then nothing has changed, or a unit of ours is lost."""
-        fallocate.punch(self._ours, at * UNIT, UNIT)
-        if self._allocate(target, to):
-            return True
-        self._restore(at)
-        return False
+    def _reallocate(self, source: int, at: int, target: int, to: int) -> bool:
+        """ext4: as many blocks; whether that worked, if not then nothing has changed."""
+        try:
+            fallocate.allocate(target, to * UNIT, UNIT)
+        except KernelError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+        if not _is_mapped(target, to):
+            fallocate.punch(target, to * UNIT, UNIT)
+            return False
+        fallocate.punch(source, at * UNIT, UNIT)
+        return True
 
     def give_back(self, file: SwapFile, units: list[int]) -> list[int]:
         """Take units of a swap file back that no page is in; those that came, on a full disk perhaps not all."""
-        came = []
         with self._locked():
-            for unit in units:
-                if self.way is Way.ALLOCATE and self._count(_LOST) >= SPARE:
-                    break
-                self._take_back(file.name, file.fd, unit)
-                came.append(unit)
-        return came
+            return [unit for unit in units if self._take_back(file.name, file.fd, unit, by_force=False)]
 
-    def _take_back(self, name: str, fd: int, unit: int) -> None:
+    def _take_back(self, name: str, fd: int, unit: int, *, by_force: bool) -> bool:
+        """Move a unit out of a swap file; ``by_force``: rather lose it than leave it there."""
         gone = self._at(_GONE)
         if not gone:
             # Of a move that a power cut has doubled.
             fallocate.punch(fd, unit * UNIT, UNIT)
-            return
+            return True
         k = gone[0]
         with self._intending(name, unit, k):
-            if self.way is not Way.ALLOCATE and self._move(fd, unit, self._ours, k):
+            move = self._reallocate if self.way is Way.ALLOCATE else self._move
+            came = move(fd, unit, self._ours, k)
+            if came:
                 self._map[k] = _HERE
-            else:
+            elif by_force:
                 fallocate.punch(fd, unit * UNIT, UNIT)
                 self._restore(k)
             self._balance()
+        return came or by_force
 
     def return_lent(self, file: SwapFile, ours: list[int]) -> None:
         """Take back units that were lent, and that no page is in."""
@@ -576,7 +580,7 @@ class Reservation:
                 for unit in range(one.offset // UNIT, -(-(one.offset + one.length) // UNIT))
             }
             for unit in sorted(units):
-                self._take_back(path.name, fd, unit)
+                self._take_back(path.name, fd, unit, by_force=True)
         finally:
             os.close(fd)
 
