@@ -25,7 +25,9 @@ from outboard.agent.config import state_dir
 from outboard.agent.history import History
 from outboard.agent.manager import Manager
 from outboard.agent.planning import Planning
+from outboard.agent.promises import admitted
 from outboard.agent.succession import keep_task, left_task, only_one
+from outboard.agent.swapping import Swapping
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import NeedsRecoveryError, OutboardError, UnreachableError
 from outboard.linux import pidfd, prctl, sched
@@ -99,7 +101,7 @@ class Manage(msgspec.Struct, frozen=True, tag="manage"):
     """Manage the memory of a VM of this host; ``successor``: take it over from the engine that does."""
 
     vm: str
-    swap: str
+    swap: Swapping
     successor: bool
 
 
@@ -255,7 +257,7 @@ def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
     manager = Manager(
         record.memory_directory,
         record.attach,
-        Path(work.swap),
+        work.swap,
         disks,
         state_dir() / INDEXES,
         successor=work.successor,
@@ -370,7 +372,9 @@ def _reopen(work: Receive, directory: Path, identity: Path) -> dict[str, Channel
 def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack, identity: Path) -> Incoming:
     """Start the QEMU and clamp on to it; ``until_end`` lets go of it, and ends it unless the VM has become ours."""
     prepare = work.prepare
-    record = launch(parse_spec(prepare.spec, f"the spec of {prepare.vm}"), registry, incoming=True)
+    spec = parse_spec(prepare.spec, f"the spec of {prepare.vm}")
+    with admitted(spec, registry):
+        record = launch(spec, registry, incoming=True)
     incoming: Incoming | None = None
 
     def end() -> None:

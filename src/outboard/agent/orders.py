@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from outboard.errors import UnreachableError, error_of
+from outboard.reclaim.controller import MOST_REFAULTS
 from outboard.vmm import sockets
 
 _CONNECT_S = 5.0
@@ -31,6 +32,16 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     """Bring every page back, and let the guest go."""
 
 
+class Reclaim(msgspec.Struct, frozen=True, tag="reclaim"):
+    """Bring the guest's memory down to ``target`` bytes and keep it there; None: no more.
+
+    As long as it does not want back more than ``most_refaults`` pages a second.
+    """
+
+    target: int | None
+    most_refaults: float = MOST_REFAULTS
+
+
 class Look(msgspec.Struct, frozen=True, tag="look"):
     """Tell how things are."""
 
@@ -49,13 +60,21 @@ class HandOver(msgspec.Struct, frozen=True, tag="hand-over"):
     """Let go of the guest as it is, to a successor."""
 
 
-Order = Evict | Fetch | Release | Look | Learn | Recover | HandOver
+Order = Evict | Fetch | Release | Reclaim | Look | Learn | Recover | HandOver
+
+
+class Reclaiming(msgspec.Struct, frozen=True):
+    """What reclaim aims at: ``goal`` is more than ``target`` while the guest misses its memory; in bytes, pages/s."""
+
+    target: int
+    goal: int
+    refault_rate: float
 
 
 class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.residency.v1"):
     """How things are, after an order was carried out; in bytes, counts and microseconds.
 
-    ``moved``: bytes that the order has moved.
+    ``moved``: bytes that the order has moved; ``idle``: that nobody touched when reclaim looked last.
     """
 
     vm: str
@@ -71,6 +90,10 @@ class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.resi
     fault_p50_us: float | None
     fault_p99_us: float | None
     failure: str | None
+    used: int = 0
+    """Bytes of memory that the guest takes now: resident, but for what it never touched."""
+    idle: int | None = None
+    reclaim: Reclaiming | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.failed.v1"):

@@ -28,11 +28,13 @@ _COMMANDS = {
     "migrate": "outboard.cli.migrate:migrate",
     "mrc": "outboard.cli.mrc:mrc",
     "pki": "outboard.cli.pki:pki",
+    "reclaim": "outboard.cli.swap:reclaim",
     "recover": "outboard.cli.blocks:recover",
     "release": "outboard.cli.memory:release",
     "residency": "outboard.cli.memory:residency",
     "run": "outboard.cli.run:run",
     "stop": "outboard.cli.run:stop",
+    "swap": "outboard.cli.swap:swap",
     "wss": "outboard.cli.wss:wss",
 }
 

@@ -27,6 +27,7 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     host_checks.leases,
     setup_checks.directories,
     setup_checks.configuration,
+    setup_checks.swap,
     setup_checks.guests,
 )
 """In the order in which they are printed: what stands earlier explains what stands later."""

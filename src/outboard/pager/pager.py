@@ -14,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,11 +30,12 @@ from outboard.linux.userfaultfd import Features, Mode
 from outboard.pager import batches
 from outboard.pager.faults import FaultServer, FaultStatistics
 from outboard.pager.on_disk import OnDisk
-from outboard.pager.serving import Table
+from outboard.pager.serving import LENDER, Table
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digests, zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
+from outboard.pages.shared import shared_array
 from outboard.stores import disk
 from outboard.stores.file import FileStore
 from outboard.vmm.clamp import Clamp
@@ -50,6 +54,8 @@ _MODE = Mode.MISSING | Mode.MINOR | Mode.WP
 _SYS_MADVISE = 28
 _BATCH = 256
 """Pages: a megabyte in transit, and nobody waits longer for a page than such a batch takes."""
+_LANES = 3
+"""Batches that are evicted side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,9 @@ class Pager:
         self._on_disk = on_disk
         self._regions = guest.memory.table()
         self._claimed: NDArray[np.uint8] = np.zeros(guest.pages, dtype=np.uint8)
-        self._staging: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
+        # On whole pages, as files that go past the page cache ask.
+        self._staging: NDArray[np.uint8] = shared_array(_BATCH * PAGE_SIZE, np.uint8)
+        self._counting = threading.Lock()
         self._evicted = self._zeros = self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
         self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
@@ -132,11 +140,14 @@ class Pager:
         self._faults.start()
 
     def _table(self) -> Table:
-        files: NDArray[np.int32] = np.full(max(Where) + 1, -1, dtype=np.int32)
+        files: NDArray[np.int32] = np.full(max(Where) + 2, -1, dtype=np.int32)
+        lent = np.empty(0, dtype=np.int64)
         taken, digests = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint64)
         arrays = dict.fromkeys(STORED, (taken, digests))
         for where, store in self._stores.items():
             files[where] = store.fileno()
+            if store.lent.size:
+                files[LENDER], lent = store.lender(), store.lent
             arrays[where] = store.taken, digests if store.digests is None else store.digests
         return Table(
             self._regions,
@@ -146,6 +157,7 @@ class Pager:
             files,
             *arrays[Where.POOL],
             *arrays[Where.FILE],
+            lent,
             np.empty(0, dtype=np.int32) if self._on_disk is None else self._on_disk.store.files,
             digests if self._on_disk is None else self._on_disk.digests,
             taken if self._on_disk is None else self._on_disk.known,
@@ -211,21 +223,39 @@ class Pager:
         :raise KernelError: the kernel refused; a page is where it was or where it was going, never neither.
         """
         store = self._stores[to]
+        candidates = pages & self.residency.pages_at(Where.RESIDENT)
+        if len(candidates) <= _BATCH:
+            return sum(self._evict_batch(claimed, to, store, self._staging) for claimed in self._claims(candidates))
+        return self._evict_side_by_side(candidates, to, store)
+
+    def _evict_side_by_side(self, candidates: PageSet, to: Where, store: FileStore) -> int:
+        """While one batch is written to the disk the next one is read out of the guest."""
+        stagings = [self._staging, *(shared_array(_BATCH * PAGE_SIZE, np.uint8) for _ in range(_LANES - 1))]
+        flying: deque[tuple[Future[int], NDArray[np.uint8]]] = deque()
         went = 0
-        for claimed in self._claims(pages & self.residency.pages_at(Where.RESIDENT)):
-            try:
-                self._put_away(claimed, to, store)
-                went += claimed.size
-                self._evicted += claimed.size
-            finally:
-                runs = self._runs(claimed)
-                batches.release(self._claimed, claimed)
-                self._everywhere("UFFDIO_WAKE", runs)
+        with ThreadPoolExecutor(_LANES) as lanes:
+            for claimed in self._claims(candidates):
+                flying.append((lanes.submit(self._evict_batch, claimed, to, store, stagings[-1]), stagings.pop()))
+                if not stagings:
+                    batch, staging = flying.popleft()
+                    # What is still under way is waited for when this one has failed.
+                    went += batch.result()
+                    stagings.append(staging)
+            went += sum(batch.result() for batch, _ in flying)
         return went
 
-    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore) -> None:
+    def _evict_batch(self, claimed: NDArray[np.int64], to: Where, store: FileStore, staging: NDArray[np.uint8]) -> int:
+        try:
+            self._put_away(claimed, to, store, staging)
+        finally:
+            runs = self._runs(claimed)
+            batches.release(self._claimed, claimed)
+            self._everywhere("UFFDIO_WAKE", runs)
+        return claimed.size
+
+    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore, staging: NDArray[np.uint8]) -> None:
         runs = self._runs(numbers)
-        content = self._staging[: numbers.size * PAGE_SIZE]
+        content = staging[: numbers.size * PAGE_SIZE]
         try:
             self._everywhere("UFFDIO_WRITEPROTECT", runs, 1)
             self._ask("pread", batches.read(self._regions, runs, content))
@@ -242,7 +272,9 @@ class Pager:
         self.residency.went(numbers[on_disk], Where.DISK, blocks)
         self.residency.where[numbers[zero]] = Where.ZERO
         self._forget_known(numbers)
-        self._zeros += int(np.count_nonzero(zero))
+        with self._counting:
+            self._evicted += numbers.size
+            self._zeros += int(np.count_nonzero(zero))
         self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
 
     def _look_up(

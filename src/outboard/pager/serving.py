@@ -51,6 +51,7 @@ from outboard.pages.content import page_digest
 from outboard.pages.residency import Where
 from outboard.pages.shared import claim_one, release_one
 from outboard.stores.disk import IMAGE_SHIFT
+from outboard.stores.reservation import UNIT_PAGES
 
 MESSAGE_WORDS = 4
 """struct uffd_msg in words of eight bytes: event, flags, address, thread."""
@@ -108,8 +109,9 @@ _PAGEFAULT = int(EventKind.PAGEFAULT)
 _WP_FAULT, _MINOR_FAULT = int(FaultFlag.WP), int(FaultFlag.MINOR)
 _COPY, _ZEROPAGE, _CONTINUE = UFFDIO_COPY.number, UFFDIO_ZEROPAGE.number, UFFDIO_CONTINUE.number
 _PROTECT, _WAKE, _POISON = UFFDIO_WRITEPROTECT.number, UFFDIO_WAKE.number, UFFDIO_POISON.number
-_PEER, _RESIDENT, _POOL, _DISK = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL), int(Where.DISK)
-_BLOCK = np.uint64((1 << IMAGE_SHIFT) - 1)
+_PEER, _RESIDENT, _POOL, _FILE = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL), int(Where.FILE)
+_DISK, _BLOCK = int(Where.DISK), np.uint64((1 << IMAGE_SHIFT) - 1)
+LENDER = _LENDER = int(max(Where)) + 1
 _DONT_WAKE = 2
 """UFFDIO_WRITEPROTECT_MODE_DONTWAKE."""
 _EEXIST, _EAGAIN, _ENOENT, _ESRCH = errno.EEXIST, errno.EAGAIN, errno.ENOENT, errno.ESRCH
@@ -126,9 +128,11 @@ _R_COMMAND, _R_EVENT, _R_GONE, _R_DAMAGED, _R_FAILED = (int(one) for one in Reas
 class Table(NamedTuple):
     """What a fault is looked up in; all of it live.
 
-    ``regions`` (int64, three a row): first page, pages, HVA. ``files``: the descriptor of each store, by ``Where``.
-    ``images``: those of disk images, by number; ``disk_digests`` and ``known`` by page, the latter 1 while nobody has
-    written to a page that a disk is known to hold.
+    ``regions`` (int64, three a row): first page, pages, HVA. ``files``: the descriptor of each store, by ``Where``, and
+    at ``LENDER`` that of who lends units to the swap file. ``file_lent``: for each unit of the swap file, the unit of
+    the lender that stands for it, plus 2; below that it is its own. ``images``: the descriptors of disk images, by
+    number; ``disk_digests`` and ``known`` by page, the latter 1 while nobody has written to a page that a disk is known
+    to hold.
     """
 
     regions: NDArray[np.int64]
@@ -140,6 +144,7 @@ class Table(NamedTuple):
     pool_digests: NDArray[np.uint64]
     file_taken: NDArray[np.uint8]
     file_digests: NDArray[np.uint64]
+    file_lent: NDArray[np.int64]
     images: NDArray[np.int32]
     disk_digests: NDArray[np.uint64]
     known: NDArray[np.uint8]
@@ -161,7 +166,7 @@ class Desk(NamedTuple):
 _REGIONS = types.int64[:, ::1]
 _I4, _I8, _U1, _U8 = types.int32[::1], types.int64[::1], types.uint8[::1], types.uint64[::1]
 _TABLE = types.NamedTuple(  # type: ignore[no-untyped-call]
-    (_REGIONS, _U1, _U8, _U1, _I4, _U1, _U8, _U1, _U8, _I4, _U8, _U1), Table
+    (_REGIONS, _U1, _U8, _U1, _I4, _U1, _U8, _U1, _U8, _I8, _I4, _U8, _U1), Table
 )
 _DESK = types.NamedTuple(  # type: ignore[no-untyped-call]
     (_U8, _U8, types.int64[:, ::1], _U1, _I8, _I8, _I8, _U8), Desk
@@ -234,7 +239,12 @@ def _from_store(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: 
     at, slot = table.where[page], int(np.int64(table.locator[page]))
     taken, digests = (table.pool_taken, table.pool_digests) if at == _POOL else (table.file_taken, table.file_digests)
     source = desk.staging.ctypes.data
-    got = native.pread(table.files[at], source, PAGE_SIZE, slot * PAGE_SIZE)
+    file, place = table.files[at], slot
+    if at == _FILE and table.file_lent.size:
+        lent = table.file_lent[slot // UNIT_PAGES]
+        if lent >= 2:
+            file, place = table.files[_LENDER], (lent - 2) * UNIT_PAGES + slot % UNIT_PAGES
+    got = native.pread(file, source, PAGE_SIZE, place * PAGE_SIZE)
     if got != PAGE_SIZE or (digests.size and page_digest(source) != digests[slot]):
         return _poison(uffd, room, hva, desk)
     answer = _place(uffd, room, hva, source)

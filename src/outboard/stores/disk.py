@@ -158,13 +158,12 @@ class Finder:
     :param images: by number. :param indexes: of each; None, which may change: that one is not looked in.
     :ivar old: entries that turned out to be of blocks that have changed since.
 
-    Synchronization: one thread.
+    Synchronization: any thread; ``old`` may miss some when several find.
     """
 
     def __init__(self, images: Sequence[ImageFile | None], indexes: list[LayerIndex | None]) -> None:
         self._images = images
         self.indexes = indexes
-        self._room: NDArray[np.uint64] = np.empty(_WORDS, dtype=np.uint64)
         self.old = 0
 
     def find(
@@ -174,6 +173,7 @@ class Finder:
 
         :param content: whole pages; :param digests: of each. :param skip: those not to be looked for.
         """
+        room: NDArray[np.uint64] = np.empty(_WORDS, dtype=np.uint64)
         open_ = np.ones(digests.size, dtype=np.bool_) if skip is None else ~skip
         image: NDArray[np.uint16] = np.full(digests.size, NONE, dtype=np.uint16)
         block: NDArray[np.uint64] = np.zeros(digests.size, dtype=np.uint64)
@@ -189,7 +189,7 @@ class Finder:
                     index.table,
                     index.shift,
                     file.fileno(),
-                    self._room,
+                    room,
                     number,
                     image,
                     block,
