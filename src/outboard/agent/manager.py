@@ -122,6 +122,8 @@ class Manager:
             self._process = pidfd.open(layout.pid)
             undo.callback(os.close, self._process)
             self._disks = None if indexes is None else OnDisk(disks, indexes, directory, pages)
+            if self._disks is not None:
+                undo.callback(self._disks.close)
             self._pager = Pager(self._guest, Residency(pages, directory), self._stores, on_disk=self._disks)
             undo.pop_all()
         self._pending: _Pending | None = None
