@@ -192,6 +192,20 @@ def test_a_disk_that_is_written_to_and_one_that_is_not_wanted(image: Path, tmp_p
     assert not References([Disk(path=str(image), read_only=True)], tmp_path, enabled=False).wanted
 
 
+def test_an_index_that_is_there_need_not_be_made(image: Path, tmp_path: Path) -> None:
+    disks = [Disk(path=str(image), read_only=True)]
+    first = References(disks, tmp_path, enabled=True)
+    lacking = [first.lacks_indexes]
+    first.make_indexes()
+    again = References(disks, tmp_path, enabled=True)
+    lacking += [first.lacks_indexes, again.lacks_indexes]
+    image.write_bytes(bytes(PAGE_SIZE))
+    lacking.append(References(disks, tmp_path, enabled=True).lacks_indexes)
+    assert lacking == [True, False, False, True]
+    for one in (first, again):
+        one.close()
+
+
 def test_samples_are_of_the_whole_size_and_of_places_that_the_asker_chooses(image: Path) -> None:
     other = damaged(image, range(1))
     with Images([Disk(path=str(path), read_only=True) for path in (image, image, other)]) as images:
@@ -239,7 +253,13 @@ def test_looking_rests_where_it_finds_nothing_or_takes_too_long(image: Path, tmp
         return now[0]
 
     assert looks(Lookup(references, clock, slow), other, 30_000) == 16
-    assert looks(Lookup(references, slow, clock, clock), held, 30_000) == 16
-    assert looks(Lookup(references, slow, clock, clock), held, 50_000) == 64
+    sectors = [0]
+
+    def cold() -> int:
+        sectors[0] += 64 * 8
+        return sectors[0]
+
+    assert looks(Lookup(references, slow, clock, cold), held, 30_000) == 16
+    assert looks(Lookup(references, slow, clock, cold), held, 50_000) == 64
     assert looks(Lookup(references, slow, clock, lambda: 5), held, 30_000) == 64
     references.close()

@@ -140,6 +140,8 @@ class Manager:
             self._process = pidfd.open(layout.pid)
             undo.callback(os.close, self._process)
             self._disks = None if indexes is None else OnDisk(disks, indexes, directory, pages)
+            if self._disks is not None:
+                undo.callback(self._disks.close)
             self._pager = Pager(self._guest, Residency(pages, directory), self._stores, on_disk=self._disks)
             self._reclaimer = Reclaimer(self._guest, directory, self._evict_coldest)
             undo.pop_all()

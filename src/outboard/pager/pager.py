@@ -311,7 +311,7 @@ class Pager:
                 self._ask("pread", batches.read(self._regions, runs, content))
                 found, blocks = self._look_up(numbers, content, zero_pages(content))
                 self.residency.locator[numbers[found]] = blocks
-                self._on_disk.known[numbers[found]] = 1
+                self._on_disk.known[numbers] = found
                 others = self._runs(numbers[~found])
                 self._everywhere("UFFDIO_WRITEPROTECT", others, 0)
             finally:
