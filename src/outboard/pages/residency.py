@@ -49,9 +49,11 @@ class Where(IntEnum):
     """In the pool: memory of this host that guests share."""
     FILE = 4
     """In a swap file."""
+    SNAPSHOT = 6
+    """In the snapshot that the guest was restored from."""
 
 
-STORED = (Where.POOL, Where.FILE)
+STORED = (Where.POOL, Where.FILE, Where.SNAPSHOT)
 """Where ``locator`` says more."""
 
 
