@@ -14,20 +14,26 @@ import contextlib
 import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError, RefusedError
 from outboard.linux.userfaultfd import Features, Mode
-from outboard.pager import batches
+from outboard.pager import batches, saving
+from outboard.pager.capture import RING, Capture
 from outboard.pager.faults import FaultServer, FaultStatistics
+from outboard.pager.saving import Saving
 from outboard.pager.serving import Table
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
+from outboard.stores import snapshot
 from outboard.stores.file import FileStore
+from outboard.stores.snapshot import SnapshotStore
+from outboard.stores.store import Store
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 
@@ -54,6 +60,7 @@ class PagerStatistics:
     zero: int
     pool: int
     file: int
+    snapshot: int
     evicted: int
     zeros: int
     fetched: int
@@ -64,7 +71,7 @@ class Pager:
     """Manages the pages of ``guest``.
 
     :param residency: where they are; of an engine that has died, where it left them.
-    :param stores: where pages may go: ``Where.POOL``, ``Where.FILE``, or both.
+    :param stores: where pages may go, ``Where.POOL``, ``Where.FILE``, or both, or come from, ``Where.SNAPSHOT``.
     :param clamp: the hold on a guest whose VMM has handed it over; the pager's own when not given.
     :raise RefusedError: ``large-pages``; ``anonymous-memory``; ``no-write-protection``; ``uffd-taken``.
     :raise KernelError: the kernel refused.
@@ -75,7 +82,11 @@ class Pager:
     """
 
     def __init__(
-        self, guest: Guest, residency: Residency, stores: Mapping[Where, FileStore], clamp: Clamp | None = None
+        self,
+        guest: Guest,
+        residency: Residency,
+        stores: Mapping[Where, FileStore | SnapshotStore],
+        clamp: Clamp | None = None,
     ) -> None:
         if clamp is not None and not clamp.mode & Mode.WP:
             raise RefusedError(
@@ -103,7 +114,8 @@ class Pager:
         self._staging: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
         self._evicted = self._zeros = self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
-        self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
+        self._rows = self._snapshot_rows()
+        self._faults = FaultServer(self._table(saving.nothing()), self._clamp.uffd.fileno())
         try:
             self._recover()
         except BaseException:
@@ -116,11 +128,17 @@ class Pager:
             raise
         self._faults.start()
 
-    def _table(self) -> Table:
+    def _snapshot_rows(self) -> tuple[snapshot.Rows, snapshot.Desk]:
+        store = self._stores.get(Where.SNAPSHOT)
+        return (store.rows, store.desk()) if isinstance(store, SnapshotStore) else snapshot.no_rows()
+
+    def _table(self, image: Saving) -> Table:
         files: NDArray[np.int32] = np.full(max(Where) + 1, -1, dtype=np.int32)
         taken, digests = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint64)
         arrays = dict.fromkeys(STORED, (taken, digests))
         for where, store in self._stores.items():
+            if not isinstance(store, FileStore):
+                continue
             files[where] = store.fileno()
             arrays[where] = store.taken, digests if store.digests is None else store.digests
         return Table(
@@ -131,12 +149,14 @@ class Pager:
             files,
             *arrays[Where.POOL],
             *arrays[Where.FILE],
+            *self._rows,
+            image,
         )
 
     def _recover(self) -> None:
         """Make the journal agree with the file, lift every protection, and have everybody ask again."""
         where = self.residency.where
-        whole = self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
+        whole = self._whole()
         self._ask("UFFDIO_WRITEPROTECT", batches.protect(self._clamp.uffd.fileno(), self._regions, whole, 0))
         away = where > Where.ZERO
         if away.any():
@@ -144,6 +164,9 @@ class Pager:
         for kind, store in self._stores.items():
             store.retain(self.residency.locator[where == kind])
         self._ask("UFFDIO_WAKE", batches.wake(self._clamp.uffd.fileno(), self._regions, whole))
+
+    def _whole(self) -> Runs:
+        return self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
 
     def _ask(self, operation: str, answer: int) -> None:
         if answer < 0:
@@ -200,12 +223,10 @@ class Pager:
                 went += claimed.size
                 self._evicted += claimed.size
             finally:
-                runs = self._runs(claimed)
-                batches.release(self._claimed, claimed)
-                self._everywhere("UFFDIO_WAKE", runs)
+                self._give_up(claimed)
         return went
 
-    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore) -> None:
+    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: Store) -> None:
         runs = self._runs(numbers)
         content = self._staging[: numbers.size * PAGE_SIZE]
         try:
@@ -241,14 +262,13 @@ class Pager:
                     damage = error
                     came += self._bring_what_is_whole(numbers, store)
                 finally:
-                    batches.release(self._claimed, claimed)
-                    self._everywhere("UFFDIO_WAKE", self._runs(claimed))
+                    self._give_up(claimed)
         self._fetched += came
         if damage is not None:
             raise damage
         return came
 
-    def _bring_back(self, numbers: NDArray[np.int64], store: FileStore) -> None:
+    def _bring_back(self, numbers: NDArray[np.int64], store: Store) -> None:
         content = self._staging[: numbers.size * PAGE_SIZE]
         locators = self.residency.locator[numbers]
         store.fetch(locators, content)
@@ -257,7 +277,7 @@ class Pager:
         self.residency.returned(numbers)
         store.drop(locators)
 
-    def _bring_what_is_whole(self, numbers: NDArray[np.int64], store: FileStore) -> int:
+    def _bring_what_is_whole(self, numbers: NDArray[np.int64], store: Store) -> int:
         came = 0
         for page in np.split(numbers, numbers.size):
             with contextlib.suppress(DamagedPageError):
@@ -275,6 +295,42 @@ class Pager:
             return
         runs = self._split(chop(pages.runs(), 1 << 15))
         self._ask("UFFDIO_CONTINUE", batches.map_present(self._clamp.uffd.fileno(), self._regions, runs))
+
+    def capture(self, spill: int, ring: int = RING) -> Capture:
+        """Prepare an image of the memory, to be taken at an instant; :meth:`end_capture` it whatever becomes of it.
+
+        :param spill: a file of the caller's, for pages that do not fit in memory; :param ring: pages that do.
+        :raise KernelError: the kernel refused; nothing is protected.
+        """
+        image = Capture(
+            self.residency,
+            self._regions,
+            self._stores,
+            self._claims,
+            self._give_up,
+            self._split,
+            partial(self._everywhere, "UFFDIO_WRITEPROTECT"),
+            self._faults.meanwhile,
+            spill,
+            ring,
+        )
+        self._faults.exchange(self._table(image.saving))
+        try:
+            image.arm()
+        except BaseException:
+            self.end_capture(image)
+            raise
+        return image
+
+    def end_capture(self, image: Capture) -> None:
+        """Let everybody write again, whether or not the image is complete."""
+        self._faults.exchange(self._table(saving.nothing()))
+        if image.saving.pending.any():
+            self._everywhere("UFFDIO_WRITEPROTECT", self._whole(), 0)
+
+    def _give_up(self, claimed: NDArray[np.int64]) -> None:
+        batches.release(self._claimed, claimed)
+        self._everywhere("UFFDIO_WAKE", self._runs(claimed))
 
     def release(self) -> None:
         """Make everything resident and let the guest go: its memory is its own again. Idempotent.
@@ -305,6 +361,7 @@ class Pager:
             zero=counts[Where.ZERO],
             pool=counts[Where.POOL],
             file=counts[Where.FILE],
+            snapshot=counts[Where.SNAPSHOT],
             evicted=self._evicted,
             zeros=self._zeros,
             fetched=self._fetched,

@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 class Desk(NamedTuple):
     """What one thread unpacks with; ``held``: the row that ``content`` holds, and the context of zstd.
 
-    ``order`` takes the rows in the order in which they were wanted, ``order[0]`` counts them.
+    ``order`` takes the rows in the order in which they were wanted, behind their number.
     """
 
     packed: NDArray[np.uint8]
@@ -61,6 +61,9 @@ class Desk(NamedTuple):
     held: NDArray[np.int64]
     order: NDArray[np.int64]
 
+
+HELD, _CONTEXT = 0, 1
+"""Words of ``Desk.held``."""
 
 _I8, _U8, _U1, _I4 = types.int64[::1], types.uint64[::1], types.uint8[::1], types.int32[::1]
 ROWS = types.NamedTuple((_I4, _I8, _I8, _I8, _U1, _U8, types.int64[:, ::1], _U8), Rows)  # type: ignore[no-untyped-call]
@@ -70,9 +73,9 @@ DESK = types.NamedTuple((_U1, _U1, _I8, _I8), Desk)  # type: ignore[no-untyped-c
 @njit(types.boolean(ROWS, DESK, types.int64), cache=True, nogil=True)
 def hold(rows: Rows, desk: Desk, row: int) -> bool:
     """Have ``desk.content`` hold a row; False: its file does not hold what was written."""
-    if desk.held[0] == row:
+    if desk.held[HELD] == row:
         return True
-    desk.held[0] = -1
+    desk.held[HELD] = -1
     length, whole = rows.lengths[row], rows.pages[row] * PAGE_SIZE
     packed = rows.codecs[row] == _ZSTD
     into = desk.packed.ctypes.data if packed else desk.content.ctypes.data
@@ -80,10 +83,19 @@ def hold(rows: Rows, desk: Desk, row: int) -> bool:
         return False
     if keyed_digest(into, length, int(rows.seed[0])) != rows.digests[row]:
         return False
-    if packed and zstd.unpack(desk.held[1], desk.content.ctypes.data, whole, into, length) != whole:
+    if packed and zstd.unpack(desk.held[_CONTEXT], desk.content.ctypes.data, whole, into, length) != whole:
         return False
-    desk.held[0] = row
+    desk.held[HELD] = row
     return True
+
+
+@njit(types.void(DESK, types.int64), cache=True, nogil=True)
+def note_wanted(desk: Desk, row: int) -> None:
+    """Note that somebody waited for a row."""
+    count = desk.order[0]
+    if count + 1 < desk.order.size:
+        desk.order[count + 1] = row
+        desk.order[0] = count + 1
 
 
 @njit(types.int64(ROWS, DESK, _U8, _U1), cache=True, nogil=True)
