@@ -6,6 +6,7 @@ replaced, also one that an earlier agent started; a guest that waits for a page 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import defaultdict
@@ -16,14 +17,17 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from outboard.agent.engine import Manage, Managing, Refused
+from outboard.agent.engine import Manage, Managing, Refused, Restore, end_broken
 from outboard.agent.manager import CONTROL
 from outboard.agent.orders import Look, ask
+from outboard.agent.restoring import is_broken
 from outboard.errors import KernelError, NotFoundError, OutboardError, UnreachableError, error_of
 from outboard.linux import pidfd
+from outboard.vmm.launch import end_unrecorded
 from outboard.vmm.registry import Registry
 
 _READY_S = 30.0
+_RESTORE_S = 600.0
 _RETRY_S = 1.0
 
 log = structlog.get_logger()
@@ -38,7 +42,7 @@ class Supervisor:
     Synchronization: any thread; what is done for one VM does not wait for another.
     """
 
-    def __init__(self, start: Callable[[Manage], Connection], registry: Registry, swap: Path) -> None:
+    def __init__(self, start: Callable[[Manage | Restore], Connection], registry: Registry, swap: Path) -> None:
         self._start = start
         self._registry = registry
         self._swap = swap
@@ -69,6 +73,30 @@ class Supervisor:
             self._watch(vm, engine)
             return path
 
+    def restore(self, vm: str, snapshot: str, *, eager: bool) -> int:
+        """Begin a VM with what a snapshot has; the pid of the engine that manages it.
+
+        :raise RefusedError: ``name-taken``; ``damaged-snapshot``; and why else it cannot be.
+        :raise NotFoundError: there is no such snapshot.
+        """
+        with self._locks[vm]:
+            pipe = self._start(Restore(vm=vm, snapshot=snapshot, swap=str(self._swap / vm), eager=eager))
+            try:
+                engine = self._answer(pipe, _RESTORE_S, vm)
+            except UnreachableError:
+                self._end_broken(vm)
+                raise
+            self._watch(vm, engine)
+            return engine
+
+    def _end_broken(self, vm: str) -> None:
+        """End a VM that was being restored by an engine that died."""
+        with contextlib.suppress(OutboardError):
+            end_unrecorded(vm, self._registry)
+            record = self._registry.get(vm)
+            if is_broken(record.memory_directory) or not record.memory_directory.exists():
+                end_broken(record, self._registry)
+
     def upgrade(self, vm: str) -> int:
         """Have a new engine take ``vm`` over from the one that manages it; its pid.
 
@@ -84,9 +112,13 @@ class Supervisor:
 
     def _run(self, vm: str, *, successor: bool) -> int:
         pipe = self._start(Manage(vm=vm, swap=str(self._swap / vm), successor=successor))
+        return self._answer(pipe, _READY_S, vm)
+
+    def _answer(self, pipe: Connection, patience_s: float, vm: str) -> int:
+        """Wait until an engine manages ``vm``; its pid."""
         try:
-            if not pipe.poll(_READY_S):
-                raise UnreachableError(f"no engine was ready to manage {vm} in {_READY_S:.0f} s")
+            if not pipe.poll(patience_s):
+                raise UnreachableError(f"no engine was ready to manage {vm} in {patience_s:.0f} s")
             answer: Managing | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Managing | Refused)
         except (EOFError, OSError) as error:
             raise UnreachableError(

@@ -30,6 +30,7 @@ _COMMANDS = {
     "release": "outboard.cli.memory:release",
     "residency": "outboard.cli.memory:residency",
     "run": "outboard.cli.run:run",
+    "snapshot": "outboard.cli.snapshot:snapshot",
     "stop": "outboard.cli.run:stop",
     "wss": "outboard.cli.wss:wss",
 }

@@ -76,6 +76,8 @@ class Capture:
         whole = self._split(np.array([[0, self._residency.pages]], dtype=np.int64))
         for runs in np.array_split(chop(whole, _STEP), -(-self._residency.pages // _STEP)):
             self._protect(runs, 1)
+        # Once now, so that at the instant there is nothing that is done for the first time.
+        self._protect(self._runs(np.flatnonzero(self.saving.pending == WRITTEN)), 1)
 
     def take(self) -> None:
         """The instant is now. The image is one of several pages that agree if nobody writes meanwhile.

@@ -347,6 +347,12 @@ class Pager:
         self._faults.close()
         self._clamp.close()
 
+    def wanted_rows(self) -> NDArray[np.int64]:
+        """The rows of the snapshot that somebody waited for, in that order."""
+        order = self._rows[1].order
+        found: NDArray[np.int64] = order[1 : 1 + int(order[0])].copy() if order.size else order
+        return found
+
     @property
     def failure(self) -> Exception | None:
         """What the serving of faults met with: a damaged page, or its end."""

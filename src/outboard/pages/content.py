@@ -60,6 +60,21 @@ def keyed_digest(address: int, length: int, seed: int) -> int:
     return _xxh3_seeded(address, length, seed)  # type: ignore[no-any-return]
 
 
+@njit("void(uint8[::1], uint64, uint64[:, ::1])", cache=True, nogil=True)
+def _keyed_digests(buffer: NDArray[np.uint8], seed: int, out: NDArray[np.uint64]) -> None:
+    for page in range(out.shape[0]):
+        address = buffer.ctypes.data + page * PAGE_SIZE
+        out[page, 0] = keyed_digest(address, PAGE_SIZE, seed)
+        out[page, 1] = keyed_digest(address, PAGE_SIZE, int(~np.uint64(seed)))
+
+
+def keyed_digests(buffer: NDArray[np.uint8], seed: int) -> NDArray[np.uint64]:
+    """Digest each page in ``buffer`` with 128 bits under a seed; shape (pages, 2)."""
+    out = np.empty((buffer.size // PAGE_SIZE, 2), dtype=np.uint64)
+    _keyed_digests(buffer, seed, out)
+    return out
+
+
 @njit("void(uint8[::1], uint64[::1])", cache=True, nogil=True)
 def _page_digests(buffer: NDArray[np.uint8], out: NDArray[np.uint64]) -> None:
     for page in range(out.size):

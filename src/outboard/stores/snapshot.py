@@ -141,7 +141,8 @@ def open_chain(directory: Path, name: str) -> list[Contents]:
 class SnapshotStore:
     """The pages of the snapshot ``name`` in ``directory``; a :class:`~outboard.stores.store.Store` to read from.
 
-    ``where`` and ``locators`` say of each page of the guest where it is at first: ZERO or SNAPSHOT.
+    ``where`` and ``locators`` say of each page of the guest where it is at first: ZERO or SNAPSHOT. ``bases``: of each
+    file of the chain the number of its first row.
 
     :raise NotFoundError, RefusedError: as :func:`open_chain`; ``no-zstd``: this host cannot unpack it;
         ``image-changed``: an image that blocks are taken from is not what it was.
@@ -158,7 +159,7 @@ class SnapshotStore:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._fds: list[int] = []
-            self._bases: list[int] = []
+            self.bases: list[int] = []
             self._block_bases: list[int] = []
             parts = [self._open(contents) for contents in self.chain]
             columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
@@ -184,7 +185,7 @@ class SnapshotStore:
             self._fds.append(_open_image(image, contents.meta.id))
             images.append(self._fds[-1])
         blocks = table.block_images.size
-        self._bases.append(self._next)
+        self.bases.append(self._next)
         self._block_bases.append(self._next + chunks.offsets.size)
         return (
             np.concatenate(
@@ -200,7 +201,7 @@ class SnapshotStore:
     @property
     def _next(self) -> int:
         """The number of the first row of the file that is opened next."""
-        done = self.chain[: len(self._bases)]
+        done = self.chain[: len(self.bases)]
         return sum(one.chunks.offsets.size + one.table.block_images.size for one in done)
 
     def _resolve(self) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64]]:
@@ -211,7 +212,7 @@ class SnapshotStore:
         rows: list[NDArray[np.int64]] = []
         digests: list[NDArray[np.uint64]] = []
         open_ = np.ones(pages, dtype=np.bool_)
-        for contents, base, block_base in zip(self.chain, self._bases, self._block_bases, strict=True):
+        for contents, base, block_base in zip(self.chain, self.bases, self._block_bases, strict=True):
             table = contents.table
             here = open_ & (table.kinds == Kind.HERE)
             locators[here] = table.places[here] + np.uint64(base << SLOT_BITS)
