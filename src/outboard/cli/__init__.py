@@ -33,6 +33,7 @@ _COMMANDS = {
     "release": "outboard.cli.memory:release",
     "residency": "outboard.cli.memory:residency",
     "run": "outboard.cli.run:run",
+    "snapshot": "outboard.cli.snapshot:snapshot",
     "stop": "outboard.cli.run:stop",
     "swap": "outboard.cli.swap:swap",
     "wss": "outboard.cli.wss:wss",

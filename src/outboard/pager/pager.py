@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,17 +28,21 @@ from numpy.typing import NDArray
 from outboard.errors import DamagedPageError, KernelError, RefusedError
 from outboard.linux import ptrace
 from outboard.linux.userfaultfd import Features, Mode
-from outboard.pager import batches
+from outboard.pager import batches, saving
+from outboard.pager.capture import RING, Capture
 from outboard.pager.faults import FaultServer, FaultStatistics
 from outboard.pager.on_disk import OnDisk
+from outboard.pager.saving import Saving
 from outboard.pager.serving import LENDER, Table
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digests, zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
 from outboard.pages.shared import shared_array
-from outboard.stores import disk
+from outboard.stores import disk, snapshot
 from outboard.stores.file import FileStore
+from outboard.stores.snapshot import SnapshotStore
+from outboard.stores.store import Store
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 
@@ -68,6 +73,7 @@ class PagerStatistics:
     pool: int
     file: int
     disk: int
+    snapshot: int
     evicted: int
     zeros: int
     fetched: int
@@ -78,7 +84,7 @@ class Pager:
     """Manages the pages of ``guest``.
 
     :param residency: where they are; of an engine that has died, where it left them.
-    :param stores: where pages may go: ``Where.POOL``, ``Where.FILE``, or both.
+    :param stores: where pages may go, ``Where.POOL``, ``Where.FILE``, or both, or come from, ``Where.SNAPSHOT``.
     :param clamp: the hold on a guest whose VMM has handed it over; the pager's own when not given.
     :param on_disk: what the guest's disks hold.
     :raise RefusedError: ``large-pages``; ``anonymous-memory``; ``no-write-protection``; ``uffd-taken``.
@@ -93,7 +99,7 @@ class Pager:
         self,
         guest: Guest,
         residency: Residency,
-        stores: Mapping[Where, FileStore],
+        stores: Mapping[Where, FileStore | SnapshotStore],
         clamp: Clamp | None = None,
         on_disk: OnDisk | None = None,
     ) -> None:
@@ -126,7 +132,8 @@ class Pager:
         self._counting = threading.Lock()
         self._evicted = self._zeros = self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
-        self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
+        self._rows = self._snapshot_rows()
+        self._faults = FaultServer(self._table(saving.nothing()), self._clamp.uffd.fileno())
         try:
             self._recover()
         except BaseException:
@@ -139,12 +146,18 @@ class Pager:
             raise
         self._faults.start()
 
-    def _table(self) -> Table:
+    def _snapshot_rows(self) -> tuple[snapshot.Rows, snapshot.Desk]:
+        store = self._stores.get(Where.SNAPSHOT)
+        return (store.rows, store.desk()) if isinstance(store, SnapshotStore) else snapshot.no_rows()
+
+    def _table(self, image: Saving) -> Table:
         files: NDArray[np.int32] = np.full(max(Where) + 2, -1, dtype=np.int32)
         lent = np.empty(0, dtype=np.int64)
         taken, digests = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint64)
         arrays = dict.fromkeys(STORED, (taken, digests))
         for where, store in self._stores.items():
+            if not isinstance(store, FileStore):
+                continue
             files[where] = store.fileno()
             if store.lent.size:
                 files[LENDER], lent = store.lender(), store.lent
@@ -161,12 +174,14 @@ class Pager:
             np.empty(0, dtype=np.int32) if self._on_disk is None else self._on_disk.store.files,
             digests if self._on_disk is None else self._on_disk.digests,
             taken if self._on_disk is None else self._on_disk.known,
+            *self._rows,
+            image,
         )
 
     def _recover(self) -> None:
         """Make the journal agree with the file, lift every protection, and have everybody ask again."""
         where = self.residency.where
-        whole = self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
+        whole = self._whole()
         self._ask("UFFDIO_WRITEPROTECT", batches.protect(self._clamp.uffd.fileno(), self._regions, whole, 0))
         away = where > Where.ZERO
         if away.any():
@@ -174,6 +189,9 @@ class Pager:
         for kind, store in self._stores.items():
             store.retain(self.residency.locator[where == kind])
         self._ask("UFFDIO_WAKE", batches.wake(self._clamp.uffd.fileno(), self._regions, whole))
+
+    def _whole(self) -> Runs:
+        return self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
 
     def _ask(self, operation: str, answer: int) -> None:
         if answer < 0:
@@ -228,7 +246,7 @@ class Pager:
             return sum(self._evict_batch(claimed, to, store, self._staging) for claimed in self._claims(candidates))
         return self._evict_side_by_side(candidates, to, store)
 
-    def _evict_side_by_side(self, candidates: PageSet, to: Where, store: FileStore) -> int:
+    def _evict_side_by_side(self, candidates: PageSet, to: Where, store: Store) -> int:
         """While one batch is written to the disk the next one is read out of the guest."""
         stagings = [self._staging, *(shared_array(_BATCH * PAGE_SIZE, np.uint8) for _ in range(_LANES - 1))]
         flying: deque[tuple[Future[int], NDArray[np.uint8]]] = deque()
@@ -244,16 +262,14 @@ class Pager:
             went += sum(batch.result() for batch, _ in flying)
         return went
 
-    def _evict_batch(self, claimed: NDArray[np.int64], to: Where, store: FileStore, staging: NDArray[np.uint8]) -> int:
+    def _evict_batch(self, claimed: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> int:
         try:
             self._put_away(claimed, to, store, staging)
         finally:
-            runs = self._runs(claimed)
-            batches.release(self._claimed, claimed)
-            self._everywhere("UFFDIO_WAKE", runs)
+            self._give_up(claimed)
         return claimed.size
 
-    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore, staging: NDArray[np.uint8]) -> None:
+    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> None:
         runs = self._runs(numbers)
         content = staging[: numbers.size * PAGE_SIZE]
         try:
@@ -387,8 +403,7 @@ class Pager:
                     damage = error
                     came += self._bring_what_is_whole(numbers, where)
                 finally:
-                    batches.release(self._claimed, claimed)
-                    self._everywhere("UFFDIO_WAKE", self._runs(claimed))
+                    self._give_up(claimed)
         self._fetched += came
         if damage is not None:
             raise damage
@@ -422,6 +437,46 @@ class Pager:
         runs = self._split(chop(pages.runs(), 1 << 15))
         self._ask("UFFDIO_CONTINUE", batches.map_present(self._clamp.uffd.fileno(), self._regions, runs))
 
+    def capture(self, spill: int, ring: int = RING) -> Capture:
+        """Prepare an image of the memory, to be taken at an instant; :meth:`end_capture` it whatever becomes of it.
+
+        :param spill: a file of the caller's, for pages that do not fit in memory; :param ring: pages that do.
+        :raise KernelError: the kernel refused; nothing is protected.
+        """
+        image = Capture(
+            self.residency,
+            self._regions,
+            self._kinds(),
+            self._read,
+            self._claims,
+            self._give_up,
+            self._split,
+            partial(self._everywhere, "UFFDIO_WRITEPROTECT"),
+            self._faults.meanwhile,
+            spill,
+            ring,
+        )
+        if self._on_disk is not None:
+            # The image lifts every protection once it has the page.
+            self._on_disk.known[:] = 0
+        self._faults.exchange(self._table(image.saving))
+        try:
+            image.arm()
+        except BaseException:
+            self.end_capture(image)
+            raise
+        return image
+
+    def end_capture(self, image: Capture) -> None:
+        """Let everybody write again, whether or not the image is complete."""
+        self._faults.exchange(self._table(saving.nothing()))
+        if image.saving.pending.any():
+            self._everywhere("UFFDIO_WRITEPROTECT", self._whole(), 0)
+
+    def _give_up(self, claimed: NDArray[np.int64]) -> None:
+        batches.release(self._claimed, claimed)
+        self._everywhere("UFFDIO_WAKE", self._runs(claimed))
+
     def release(self) -> None:
         """Make everything resident and let the guest go: its memory is its own again. Idempotent.
 
@@ -436,6 +491,12 @@ class Pager:
         """Let go of the guest and leave its pages where they are: who touches an absent one waits for a successor."""
         self._faults.close()
         self._clamp.close()
+
+    def wanted_rows(self) -> NDArray[np.int64]:
+        """The rows of the snapshot that somebody waited for, in that order."""
+        order = self._rows[1].order
+        found: NDArray[np.int64] = order[1 : 1 + int(order[0])].copy() if order.size else order
+        return found
 
     @property
     def failure(self) -> Exception | None:
@@ -452,6 +513,7 @@ class Pager:
             pool=counts[Where.POOL],
             file=counts[Where.FILE],
             disk=counts[Where.DISK],
+            snapshot=counts[Where.SNAPSHOT],
             evicted=self._evicted,
             zeros=self._zeros,
             fetched=self._fetched,

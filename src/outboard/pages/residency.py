@@ -51,9 +51,11 @@ class Where(IntEnum):
     """In a swap file."""
     DISK = 5
     """On a disk of the VM, which held it already: the locator names image and block."""
+    SNAPSHOT = 6
+    """In the snapshot that the guest was restored from."""
 
 
-STORED = (Where.POOL, Where.FILE, Where.DISK)
+STORED = (Where.POOL, Where.FILE, Where.DISK, Where.SNAPSHOT)
 """Where ``locator`` says more."""
 
 

@@ -1,0 +1,92 @@
+"""Snapshots of a real guest: taken while it writes, restored while it runs, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from outboard.linux import pidfd, proc
+from tests.support.cluster import Host, Vm, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def told(host: Host, *arguments: str) -> dict[str, Any]:
+    done = host.outboard("snapshot", *arguments, "-o", "json")
+    assert done.returncode == 0, done.stderr + host.log()[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def residency(host: Host, vm: str) -> dict[str, Any]:
+    done = host.outboard("residency", vm, "-o", "json")
+    assert done.returncode == 0, done.stderr + host.log()[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_taken_and_restored(vm: Vm) -> None:
+    host = vm.cluster.a
+    first = told(host, "create", vm.name)
+    # Nobody managed it before, and nobody does now.
+    assert not vm.record("a").memory_directory.exists()
+    assert not [link for link in proc.descriptors(vm.record("a").pid).values() if "userfaultfd" in link]
+    assert first["zero"] + first["new"] <= first["memory"]
+    second = told(host, "create", vm.name, "--incremental")
+    assert second["parent"] == first["id"]
+    assert second["new"] < first["new"]
+    assert told(host, "verify", second["id"])["files"] == 2
+    vm.verify("a")
+    clones = []
+    try:
+        for snapshot in (second["id"], first["id"]):
+            clones.append(copy.copy(vm))
+            clones[-1].name = f"{vm.name}-{len(clones)}"
+            assert told(host, "restore", snapshot, "--name", clones[-1].name)["running"]
+            # It finds every page as it was at the instant, and goes on writing.
+            clones[-1].verify("a")
+        taken = host.outboard("snapshot", "restore", first["id"])
+        assert taken.returncode == 4
+        assert "runs on this host already" in taken.stderr
+        engine = residency(host, clones[0].name)["engine"]
+        os.kill(engine, signal.SIGKILL)
+        wait_for(lambda: host.outboard("residency", clones[0].name).returncode == 0, "another engine")
+        wait_for(lambda: residency(host, clones[0].name)["snapshot"] == 0, "all pages")
+        clones[0].verify("a")
+        looked = residency(host, clones[1].name)
+        assert looked["faults"] > 0
+        assert looked["failure"] is None
+        refused = host.outboard("snapshot", "rm", first["id"])
+        assert refused.returncode == 4
+        assert second["id"] in refused.stderr
+    finally:
+        for clone in clones:
+            host.outboard("stop", clone.name)
+    vm.verify("a")
+
+
+def test_an_engine_that_is_killed_lets_the_guest_go_on(vm: Vm) -> None:
+    host = vm.cluster.a
+    snapshots = host.directory / "state" / "snapshots"
+    assert host.outboard("evict", vm.name, "--most", "1MiB", "--idle", "0.1").returncode == 0
+    for marked in (False, True):
+        before = residency(host, vm.name)["engine"]
+        taking = host.popen("snapshot", "create", vm.name)
+        mark = vm.record("a").memory_directory / "snapshotting"
+        wait_for(lambda: mark.exists() if marked else list(snapshots.glob("*.partial")), "a snapshot that is begun")  # noqa: B023
+        os.kill(before, signal.SIGKILL)
+        assert taking.wait(60) == 8
+        taking.communicate()
+        wait_for(lambda: not pidfd.alive(before), "the engine's end")  # noqa: B023
+        wait_for(lambda: host.outboard("residency", vm.name).returncode == 0, "another engine")
+        vm.verify("a")
+        assert not mark.exists()
+    taken = told(host, "create", vm.name)
+    assert [path.name for path in snapshots.glob(f"{vm.name}*")] == [f"{taken['id']}.snap"]
+    assert not list(snapshots.glob("*.partial"))
+    vm.verify("a")
