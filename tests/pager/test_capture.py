@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
 from outboard.stores.file import FileStore
-from tests.support.cluster import wait_for
 from tests.support.process_guest import guest_of
 from tests.support.requirements import require
 from tests.support.target import Target
@@ -85,6 +85,10 @@ def states(pid: int) -> set[str]:
     """Of its threads."""
     found = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat"))
     return {text.rpartition(")")[2].split()[0] for text in found}
+
+
+def has_saved(capture: Capture) -> bool:
+    return int(capture.saving.state[Word.RECORDS]) > 0
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -167,7 +171,7 @@ def test_it_is_of_one_instant(scene: Scene) -> None:
         capture = scene.pager.capture(scene.spill)
         with scene.standing_still():
             capture.take()
-        wait_for(lambda: int(capture.saving.state[Word.RECORDS]) > 0, "a page that was written to")
+        wait_for(partial(has_saved, capture))
         image.complete(capture)
         scene.pager.end_capture(capture)
         scene.target.ask("e")
