@@ -51,7 +51,7 @@ from outboard.pages.content import page_digest
 from outboard.pages.residency import Where
 from outboard.pages.shared import claim_one, release_one
 from outboard.stores.disk import IMAGE_SHIFT
-from outboard.stores.reservation import UNIT_PAGES
+from outboard.stores.moving import UNIT_PAGES
 
 MESSAGE_WORDS = 4
 """struct uffd_msg in words of eight bytes: event, flags, address, thread."""
