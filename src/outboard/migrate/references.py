@@ -43,7 +43,7 @@ _LOOK, _WORTH = 1024, 32
 """Pages to look for before it is judged, and one in how many must have been found to be more than few."""
 _LOSS = 0.1
 """How much of the time of sending pages whole may be lost by looking for them."""
-_FEW, _SLOW = 4096, 16384
+_FEW, _SLOW = 1024, 16384
 """Pages not looked for after too much was lost: where few were found, and where finding them takes long."""
 _SENDING_NS = PAGE_SIZE / 1.3
 """What sending a page takes where the link is not the limit: TLS does some 1.3 GB/s."""
@@ -157,11 +157,13 @@ class Lookup:
         self.open = 0
         """References since the destination was asked last."""
 
-    def blocks(self, pages: NDArray[np.uint8], wanted: NDArray[np.bool_], page_ns: float) -> NDArray[np.uint64] | None:
+    def blocks(
+        self, pages: NDArray[np.uint8], wanted: NDArray[np.bool_], page_ns: float, *, spare: bool
+    ) -> NDArray[np.uint64] | None:
         """Look for pages; a row of locator and digest for each, the digest 0 where there is none; None: not now.
 
         :param pages: a row of PAGE_SIZE bytes each, contiguous. :param wanted: which to look for.
-        :param page_ns: what sending one takes the wire.
+        :param page_ns: what sending one takes the wire. :param spare: whether the processor has time to spare.
         """
         finder = self._finder
         if finder is None:
@@ -182,18 +184,19 @@ class Lookup:
         self._took_ns += self._clock() - began
         self._used_ns += self._processor() - used
         self._read += self._disk_reads() - read
-        self._note(int(np.count_nonzero(wanted)), int(np.count_nonzero(found)), max(page_ns, _SENDING_NS))
+        looked, met = int(np.count_nonzero(wanted)), int(np.count_nonzero(found))
+        self._note(looked, met, max(page_ns, _SENDING_NS), spare=spare)
         rows: NDArray[np.uint64] = np.zeros((len(pages), 2), dtype=np.uint64)
         rows[found, 0], rows[found, 1] = disk.locators(image[found], block[found]), digests[found]
         return rows
 
-    def _note(self, looked: int, found: int, whole_ns: float) -> None:
+    def _note(self, looked: int, found: int, whole_ns: float, *, spare: bool) -> None:
         self._looked += looked
         self._found += found
         if self._looked < _LOOK:
             return
         if self._found * _WORTH < self._looked:
-            if self._used_ns > _LOSS * self._looked * whole_ns:
+            if not spare and self._used_ns > _LOSS * self._looked * whole_ns:
                 self._resting = _FEW
         elif self._read > _SECTORS * _COLD * self._found and self._took_ns > self._found * whole_ns:
             # Were it not for the disk, it would be the scheduler that lets others go first.
