@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import os
+import secrets
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from guest.build import Image
 from outboard.linux import pidfd, proc
-from tests.support.cluster import Host, Vm, wait_for
+from tests.support.cluster import Cluster, Host, Vm, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +34,21 @@ def residency(host: Host, vm: str) -> dict[str, Any]:
     return found
 
 
-def test_taken_and_restored(vm: Vm) -> None:
+@pytest.fixture
+def vm_with_disk(cluster: Cluster, image: Image, tmp_path: Path) -> Iterator[Vm]:
+    """One whose guest has a disk that it could write to."""
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(8 << 20)
+    tables = f'\n[[disks]]\npath = "{disk}"\n'
+    made = Vm(cluster, image, f"vm-{secrets.token_hex(3)}", tables=tables)
+    made.write()
+    yield made
+    cluster.a.outboard("stop", made.name)
+
+
+def test_taken_and_restored(vm_with_disk: Vm, tmp_path: Path) -> None:
+    vm = vm_with_disk
     host = vm.cluster.a
     first = told(host, "create", vm.name)
     # Nobody managed it before, and nobody does now.
@@ -39,6 +57,9 @@ def test_taken_and_restored(vm: Vm) -> None:
     assert first["zero"] + first["new"] <= first["memory"]
     second = told(host, "create", vm.name, "--incremental")
     assert second["parent"] == first["id"]
+    # Two overlays, one above the other, and the description names the upper one.
+    assert len(list(tmp_path.glob("disk.raw.*.qcow2"))) == 2
+    assert str(tmp_path / "disk.raw.") in vm.record("a").spec_text()
     assert second["new"] < first["new"]
     assert told(host, "verify", second["id"])["files"] == 2
     vm.verify("a")
@@ -50,6 +71,7 @@ def test_taken_and_restored(vm: Vm) -> None:
             assert told(host, "restore", snapshot, "--name", clones[-1].name)["running"]
             # It finds every page as it was at the instant, and goes on writing.
             clones[-1].verify("a")
+        assert len(list(tmp_path.glob("disk.raw.*.qcow2"))) == 4
         taken = host.outboard("snapshot", "restore", first["id"])
         assert taken.returncode == 4
         assert "runs on this host already" in taken.stderr
@@ -89,4 +111,13 @@ def test_an_engine_that_is_killed_lets_the_guest_go_on(vm: Vm) -> None:
     taken = told(host, "create", vm.name)
     assert [path.name for path in snapshots.glob(f"{vm.name}*")] == [f"{taken['id']}.snap"]
     assert not list(snapshots.glob("*.partial"))
+    vm.verify("a")
+    other = f"{vm.name}-other"
+    restoring = host.popen("snapshot", "restore", taken["id"], "--name", other)
+    directory = host.directory / "run" / "vms" / other / "memory"
+    wait_for((directory / "restoring").exists, "a restoration that is begun")
+    os.kill(int((directory / "lock").read_text()), signal.SIGKILL)
+    assert restoring.wait(60) == 8
+    restoring.communicate()
+    wait_for(lambda: not host.has(other), "the end of a VM that has never run")
     vm.verify("a")
