@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from outboard.errors import NotFoundError, RefusedError, StoreFullError
+from outboard.errors import DamagedPageError, NotFoundError, RefusedError, StoreFullError
 from outboard.pages import PAGE_SIZE
+from outboard.pages.content import zero_pages
 from outboard.snapshot import catalog
 from outboard.snapshot.writing import SnapshotWriter, remove_partial
+from outboard.stores.snapshot_format import Kind
+from tests.stores.test_snapshot import read_back
 from tests.support.snapshots import SEED, memory_of, meta, name, write
 
 MEMORY = memory_of(64, np.random.default_rng(2))
@@ -109,3 +112,40 @@ def test_an_order_is_a_hint(tmp_path: Path) -> None:
     path = tmp_path / f"{name(0)}.order"
     path.write_bytes(path.read_bytes()[:-1])
     assert catalog.kept_order(tmp_path, name(0), 10) is None
+
+
+def test_blocks_of_an_image_are_read_from_there(tmp_path: Path) -> None:
+    image = tmp_path / "disk.raw"
+    chance = np.random.default_rng(8)
+    blocks = chance.integers(0, 256, (6, PAGE_SIZE), dtype=np.uint8)
+    image.write_bytes(b"x" * 1000 + blocks.tobytes())
+    memory = MEMORY.copy().reshape(-1, PAGE_SIZE)
+    numbers = np.array([3, 9, 10, 40], dtype=np.int64)
+    offsets = 1000 + np.array([5, 0, 1, 0]) * PAGE_SIZE
+    memory[numbers] = blocks[[5, 0, 1, 0]]
+    others = np.setdiff1d(np.arange(64), numbers)
+    with SnapshotWriter(tmp_path, name(0), 64, SEED) as writer:
+        for index in (slice(0, 1), slice(1, 4)):
+            content = memory[numbers[index]].reshape(-1)
+            writer.refer(numbers[index], content, image, offsets[index])
+        content = memory[others].reshape(-1)
+        writer.add(others, content, zero_pages(content))
+        first = writer.finish(meta(0, 64), b"")
+    assert np.count_nonzero(first.table.kinds == Kind.DISK) == 4
+    assert np.array_equal(read_back(tmp_path, 0), memory.reshape(-1))
+    memory[0] = 1
+    write(tmp_path, 1, memory.reshape(-1), first)
+    assert np.array_equal(read_back(tmp_path, 1), memory.reshape(-1))
+    # The same size and time, another content: it is not what the digest says.
+    before = image.stat()
+    image.write_bytes(b"x" * 1000 + blocks[::-1].tobytes())
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DamagedPageError, match=r"disk\.raw does not hold what was written"):
+        read_back(tmp_path, 1)
+    os.utime(image)
+    with pytest.raises(RefusedError, match="was written since") as caught:
+        read_back(tmp_path, 1)
+    assert caught.value.reason == "image-changed"
+    image.unlink()
+    with pytest.raises(NotFoundError):
+        read_back(tmp_path, 0)

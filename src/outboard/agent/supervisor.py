@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from outboard.agent.config import AgentConfig, snapshot_dir
-from outboard.agent.engine import Manage, Managing, Refused, Restore, end_broken
+from outboard.agent.engine import ARRIVING, Manage, Managing, Refused, Restore, end_broken
 from outboard.agent.manager import CONTROL
 from outboard.agent.orders import Look, ask
 from outboard.agent.promises import pools_of, promises
@@ -29,6 +29,7 @@ from outboard.errors import KernelError, NotFoundError, OutboardError, Unreachab
 from outboard.linux import pidfd
 from outboard.stores.reservation import Reservation
 from outboard.stores.snapshot import open_chain
+from outboard.vmm.device_state import awaits_state
 from outboard.vmm.launch import end_unrecorded
 from outboard.vmm.registry import Registry
 from outboard.vmm.spec import VmSpec, parse_spec
@@ -113,7 +114,9 @@ class Supervisor:
         with contextlib.suppress(OutboardError):
             end_unrecorded(vm, self._registry)
             record = self._registry.get(vm)
-            if is_broken(record.memory_directory) or not record.memory_directory.exists():
+            # Nothing but such a VM: the engine may have died before it found the name taken.
+            coming = awaits_state(record) and not (record.directory / ARRIVING).exists()
+            if is_broken(record.memory_directory) or coming:
                 end_broken(record, self._registry)
 
     def upgrade(self, vm: str) -> int:

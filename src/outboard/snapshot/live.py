@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outboard.errors import KernelError, OutboardError, RefusedError
+from outboard.linux import sched
 from outboard.pager.capture import Capture
 from outboard.pager.pager import Pager
 from outboard.snapshot.writing import SnapshotWriter
@@ -115,7 +116,9 @@ class Live:
             running = runs(self._guest.monitor, self._guest.name)
             capture = self._pager.capture(spill)
             try:
-                devices, pause_ms = self._pause(capture, running)
+                # QEMU's main loop and this thread are what the guest stands still for.
+                with sched.favoured([self._guest.emulator_thread(), threading.get_native_id()]):
+                    devices, pause_ms = self._pause(capture, running)
                 by_faults = _save(capture, writer)
             finally:
                 self._pager.end_capture(capture)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
 import numpy as np
 import xxhash
 import zstandard
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 
 from outboard.errors import KernelError, RefusedError, StoreFullError
 from outboard.pages import PAGE_SIZE
+from outboard.pages.content import keyed_digests
 from outboard.snapshot import sorting
 from outboard.stores import snapshot_format
 from outboard.stores.snapshot import SUFFIX
-from outboard.stores.snapshot_format import CHUNK_PAGES, Chunks, Codec, Contents, Meta, Table
+from outboard.stores.snapshot_format import CHUNK_PAGES, Chunks, Codec, Contents, Image, Kind, Meta, Table
 
 PARTIAL = ".partial"
 _LEVEL = 1
@@ -70,6 +72,9 @@ class SnapshotWriter:
         self._cold, self._hot = _Stream(), _Stream()
         self._next = 0
         self._hot_chunks: list[int] = []
+        self._images: list[Image] = []
+        self._block_images: list[NDArray[np.uint32]] = []
+        self._offsets: list[NDArray[np.uint64]] = []
         self._chunks: list[tuple[int, int, int, int, int, int]] = []
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
         with locked(directory):
@@ -137,6 +142,39 @@ class SnapshotWriter:
         self._next = int(stream.opened[2])
         self._fill(stream, content.reshape(-1, PAGE_SIZE)[fresh[:count]].reshape(-1), chunks)
 
+    def refer(
+        self,
+        numbers: NDArray[np.int64],
+        content: NDArray[np.uint8],
+        path: Path,
+        offsets: NDArray[np.int64],
+    ) -> None:
+        """Take pages, each once, that are blocks of the image ``path``, which nobody writes to any more.
+
+        Whoever calls this has compared them byte by byte. They are read from there when they are wanted.
+
+        :param content: of all of them, one after the other. :param offsets: where each begins in the image's file.
+        :raise KernelError: there is no such file.
+        """
+        image = self._image(path)
+        table = self._table
+        table.kinds[numbers] = Kind.DISK
+        table.places[numbers] = np.arange(numbers.size, dtype=np.uint64) + np.uint64(sum(map(len, self._offsets)))
+        table.digests[numbers] = keyed_digests(content, self._seed)
+        self._offsets.append(offsets.astype(np.uint64))
+        self._block_images.append(np.full(numbers.size, image, dtype=np.uint32))
+
+    def _image(self, path: Path) -> int:
+        for number, image in enumerate(self._images):
+            if image.path == str(path):
+                return number
+        try:
+            now = path.stat()
+        except OSError as error:
+            raise KernelError(f"stat of the image {path}", error.errno or errno.EIO) from error
+        self._images.append(Image(str(path), now.st_size, now.st_mtime_ns))
+        return len(self._images) - 1
+
     def _fill(self, stream: _Stream, content: NDArray[np.uint8], chunks: list[int]) -> None:
         """Lay new pages into the stream's open chunk and those after it; full ones are stored."""
         whole = CHUNK_PAGES * PAGE_SIZE
@@ -179,17 +217,19 @@ class SnapshotWriter:
             np.array(pages, dtype=np.uint8),
             np.array(codecs, dtype=np.uint8),
         )
-        table = Table(*self._table_arrays(), np.array(self._hot_chunks, dtype=np.uint32))
+        table = Table(
+            self._table.kinds,
+            self._table.places,
+            self._table.digests,
+            np.concatenate([self._table.block_images, *self._block_images]),
+            np.concatenate([self._table.block_offsets, *self._offsets]),
+            np.array(self._hot_chunks, dtype=np.uint32),
+        )
+        meta = msgspec.structs.replace(meta, images=self._images)
         tail, digest = snapshot_format.index_and_footer(self._at, meta, devices, chunks, table)
         self._write(tail)
         self._settle()
         return Contents(self._path, meta, devices, chunks, table, digest, self._at)
-
-    def _table_arrays(
-        self,
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32], NDArray[np.uint64]]:
-        table = self._table
-        return table.kinds, table.places, table.digests, table.block_images, table.block_offsets
 
     def _settle(self) -> None:
         """On the disk first, then under its name, then the name on the disk."""

@@ -185,8 +185,9 @@ class SnapshotStore:
             self._fds.append(_open_image(image, contents.meta.id))
             images.append(self._fds[-1])
         blocks = table.block_images.size
-        self.bases.append(self._next)
-        self._block_bases.append(self._next + chunks.offsets.size)
+        base = self._next
+        self.bases.append(base)
+        self._block_bases.append(base + chunks.offsets.size)
         return (
             np.concatenate(
                 (np.full(chunks.offsets.size, file), np.array(images, dtype=np.int64)[table.block_images])
