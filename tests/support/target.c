@@ -5,6 +5,7 @@
 //   w PAGE VALUE  write the first word of PAGE
 //   t             read every page and print "touched SUM FAULTS"
 //   g             start THREADS writers, each counting in a slot of its own in random pages
+//   p MICROS      have writers rest so long between two writes
 //   s             stop them and print "bad N of OPS": slots that differ from the thread's own count
 //   k             print how many SIGUSR1 have come, and the value that the last one carried
 //   d PAGE COUNT  MADV_DONTNEED of COUNT pages
@@ -35,7 +36,7 @@
 
 static volatile uint8_t *region;
 static size_t pages;
-static volatile int stopping;
+static volatile int stopping, rest;
 static volatile sig_atomic_t signals;
 
 struct writer { pthread_t thread; int number; uint64_t operations, bad; };
@@ -70,6 +71,7 @@ static void *write_randomly(void *argument) {
         *slot += 1;
         expected[page]++;
         self->operations++;
+        if (rest) usleep(rest);
     }
     for (size_t page = 0; page < pages; page++)
         if (*(volatile uint32_t *)(region + page * 4096 + 64 * (self->number + 1)) != expected[page]) self->bad++;
@@ -119,6 +121,9 @@ int main(int count, char **arguments) {
                 pthread_create(&writers[number].thread, NULL, write_randomly, &writers[number]);
             }
             printf("going\n");
+        } else if (sscanf(line, "p %lu", &value) == 1) {
+            rest = value;
+            printf("resting\n");
         } else if (line[0] == 's') {
             stopping = 1;
             uint64_t operations = 0, bad = 0;

@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError, RefusedError
+from outboard.linux.hand import await_none
 from outboard.linux.userfaultfd import Features, Mode
 from outboard.pager import batches
 from outboard.pager.faults import FaultServer, FaultStatistics
+from outboard.pager.overlay import Overlay, overlaid
 from outboard.pager.serving import Table
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
@@ -47,13 +49,17 @@ _BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class PagerStatistics:
-    """Pages by where they are now; pages evicted (``zeros`` of them all zeros) and fetched ahead of a fault so far."""
+    """Pages by where they are now; pages evicted (``zeros`` of them all zeros) and fetched ahead of a fault so far.
+
+    ``shared`` pages are mapped from a sharing pool, written since or not.
+    """
 
     pages: int
     resident: int
     zero: int
     pool: int
     file: int
+    shared: int
     evicted: int
     zeros: int
     fetched: int
@@ -103,13 +109,14 @@ class Pager:
         self._staging: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
         self._evicted = self._zeros = self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
+        self.overlay: Overlay | None = None
         self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
         try:
             self._recover()
         except BaseException:
             # Nothing is away if nobody had the guest before us; else it is left to whoever comes next.
             self._faults.close()
-            if any(self.residency.count(where) for where in STORED):
+            if any(self.residency.count(where) for where in (*STORED, Where.SHARED)):
                 self._clamp.close()
             else:
                 self._clamp.release()
@@ -138,12 +145,60 @@ class Pager:
         where = self.residency.where
         whole = self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
         self._ask("UFFDIO_WRITEPROTECT", batches.protect(self._clamp.uffd.fileno(), self._regions, whole, 0))
-        away = where > Where.ZERO
+        # Another engine's hand may be at work yet, and wait for its events to be read; whoever faults is woken later.
+        await_none(self.guest.pid, self._clamp.uffd.read)
+        self.follow_mappings()
+        away = (where > Where.ZERO) & (where != Where.SHARED)
         if away.any():
             where[away & self.guest.memory.populated().mask()] = Where.RESIDENT
         for kind, store in self._stores.items():
             store.retain(self.residency.locator[where == kind])
         self._ask("UFFDIO_WAKE", batches.wake(self._clamp.uffd.fileno(), self._regions, whole))
+
+    def follow_mappings(self) -> None:
+        """Make the journal and the guest's file agree with what is mapped, where the journal says shared."""
+        shared = self.residency.where == Where.SHARED
+        if shared.any():
+            mapped = overlaid(self.guest).mask()
+            self.residency.where[shared & ~mapped] = Where.RESIDENT
+            self.punch(self.runs_of(np.flatnonzero(shared & mapped)))
+
+    def share_from(self, pool: int) -> Overlay:
+        """Have an overlay that shares pages from ``pool``, a descriptor; the one there is already.
+
+        :raise RefusedError, KernelError: as :class:`~outboard.pager.overlay.Overlay`.
+        """
+        if self.overlay is None:
+            self.overlay = Overlay(self, pool)
+        return self.overlay
+
+    def stop_sharing(self) -> None:
+        """Un-share everything, and take what sharing needs out of the process. Idempotent.
+
+        :raise RefusedError: ``shared``: there are shared pages, and nobody has said from which pool.
+        """
+        if self.overlay is not None:
+            while self.residency.count(Where.SHARED):
+                self.overlay.unshare(PageSet.full(self.guest.pages))
+            self.overlay.close()
+            self.overlay = None
+        elif self.residency.count(Where.SHARED):
+            raise RefusedError("shared", f"{self.guest.name}: it has shared pages, whose pool is not open")
+
+    @property
+    def clamp(self) -> Clamp:
+        """The hold on the guest's memory."""
+        return self._clamp
+
+    @property
+    def regions(self) -> NDArray[np.int64]:
+        """As :meth:`~outboard.vmm.guest.GuestMemory.table`; rows follow mremap(2)."""
+        return self._regions
+
+    @property
+    def spaces(self) -> int:
+        """Address spaces that map the guest's memory, as far as faults tell: its own, and of children it forked."""
+        return self._faults.spaces
 
     def _ask(self, operation: str, answer: int) -> None:
         if answer < 0:
@@ -171,7 +226,7 @@ class Pager:
             pieces.append(np.column_stack((low[inside], high[inside] - low[inside])))
         return np.ascontiguousarray(np.concatenate(pieces))
 
-    def _claims(self, pages: PageSet) -> Iterator[NDArray[np.int64]]:
+    def claims(self, pages: PageSet) -> Iterator[NDArray[np.int64]]:
         """Claim ``pages`` a batch at a time; those that somebody else is busy with are passed over."""
         numbers = pages.numbers()
         for at in range(0, numbers.size, _BATCH):
@@ -180,7 +235,22 @@ class Pager:
             if batches.claim(self._claimed, batch, ours):
                 yield np.ascontiguousarray(batch[ours])
 
-    def _runs(self, numbers: NDArray[np.int64]) -> Runs:
+    def give_up(self, claimed: NDArray[np.int64]) -> None:
+        """Give claims up, and wake whoever waits for those pages."""
+        runs = self.runs_of(claimed)
+        batches.release(self._claimed, claimed)
+        self._everywhere("UFFDIO_WAKE", runs)
+
+    def protect(self, runs: Runs, protected: bool) -> None:
+        """Write-protect runs, or lift that and wake who waits to write."""
+        self._everywhere("UFFDIO_WRITEPROTECT", runs, int(protected))
+
+    def punch(self, runs: Runs) -> None:
+        """Free the memory of runs in the guest's file."""
+        self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
+
+    def runs_of(self, numbers: NDArray[np.int64]) -> Runs:
+        """Runs of page numbers, none across an edge of regions."""
         return self._split(PageSet.from_numbers(self.guest.pages, numbers).runs())
 
     def evict(self, pages: PageSet, to: Where) -> int:
@@ -194,19 +264,17 @@ class Pager:
         """
         store = self._stores[to]
         went = 0
-        for claimed in self._claims(pages & self.residency.pages_at(Where.RESIDENT)):
+        for claimed in self.claims(pages & self.residency.pages_at(Where.RESIDENT)):
             try:
                 self._put_away(claimed, to, store)
                 went += claimed.size
                 self._evicted += claimed.size
             finally:
-                runs = self._runs(claimed)
-                batches.release(self._claimed, claimed)
-                self._everywhere("UFFDIO_WAKE", runs)
+                self.give_up(claimed)
         return went
 
     def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore) -> None:
-        runs = self._runs(numbers)
+        runs = self.runs_of(numbers)
         content = self._staging[: numbers.size * PAGE_SIZE]
         try:
             self._everywhere("UFFDIO_WRITEPROTECT", runs, 1)
@@ -220,7 +288,7 @@ class Pager:
         self.residency.went(numbers[~zero], to, locators)
         self.residency.where[numbers[zero]] = Where.ZERO
         self._zeros += int(np.count_nonzero(zero))
-        self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
+        self.punch(runs)
 
     def fetch(self, pages: PageSet) -> int:
         """Bring those of ``pages`` that are in stores back, ahead of a fault; how many came.
@@ -231,7 +299,7 @@ class Pager:
         came = 0
         damage: DamagedPageError | None = None
         for where, store in self._stores.items():
-            for claimed in self._claims(pages & self.residency.pages_at(where)):
+            for claimed in self.claims(pages & self.residency.pages_at(where)):
                 # A fault may have brought some between the look and the claim.
                 numbers = np.ascontiguousarray(claimed[self.residency.where[claimed] == where])
                 try:
@@ -241,8 +309,7 @@ class Pager:
                     damage = error
                     came += self._bring_what_is_whole(numbers, store)
                 finally:
-                    batches.release(self._claimed, claimed)
-                    self._everywhere("UFFDIO_WAKE", self._runs(claimed))
+                    self.give_up(claimed)
         self._fetched += came
         if damage is not None:
             raise damage
@@ -252,7 +319,7 @@ class Pager:
         content = self._staging[: numbers.size * PAGE_SIZE]
         locators = self.residency.locator[numbers]
         store.fetch(locators, content)
-        runs = self._runs(numbers)
+        runs = self.runs_of(numbers)
         self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
         self.residency.returned(numbers)
         store.drop(locators)
@@ -281,6 +348,7 @@ class Pager:
 
         :raise DamagedPageError, KernelError: as :meth:`fetch`; the guest is still managed then.
         """
+        self.stop_sharing()
         while any(self.residency.count(where) for where in self._stores):
             self.fetch(PageSet.full(self.guest.pages))
         self._faults.close()
@@ -288,6 +356,10 @@ class Pager:
 
     def close(self) -> None:
         """Let go of the guest and leave its pages where they are: who touches an absent one waits for a successor."""
+        if self.overlay is not None:
+            # Its faults are served while it ends what it does.
+            self.overlay.close()
+            self.overlay = None
         self._faults.close()
         self._clamp.close()
 
@@ -305,6 +377,7 @@ class Pager:
             zero=counts[Where.ZERO],
             pool=counts[Where.POOL],
             file=counts[Where.FILE],
+            shared=counts[Where.SHARED],
             evicted=self._evicted,
             zeros=self._zeros,
             fetched=self._fetched,

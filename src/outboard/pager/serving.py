@@ -8,6 +8,7 @@ flags        where               answer
 WP           any                 lift the protection: nobody is evicting the page, or it would be claimed
 MINOR        any                 map it: UFFDIO_CONTINUE
 none         RESIDENT, ZERO      the page was never written: UFFDIO_ZEROPAGE
+none         SHARED              wake: it is mapped from the sharing pool by now
 none         POOL, FILE          read the slot, compare its digest, UFFDIO_COPY; then RESIDENT; then the slot is free
 ===========  ==================  =====================================================================
 
@@ -101,11 +102,12 @@ class Count(IntEnum):
     SIZE = 9
 
 
-_PAGEFAULT = int(EventKind.PAGEFAULT)
+_PAGEFAULT, _UNMAP = int(EventKind.PAGEFAULT), int(EventKind.UNMAP)
 _WP_FAULT, _MINOR_FAULT = int(FaultFlag.WP), int(FaultFlag.MINOR)
 _COPY, _ZEROPAGE, _CONTINUE = UFFDIO_COPY.number, UFFDIO_ZEROPAGE.number, UFFDIO_CONTINUE.number
 _PROTECT, _WAKE, _POISON = UFFDIO_WRITEPROTECT.number, UFFDIO_WAKE.number, UFFDIO_POISON.number
 _PEER, _RESIDENT, _POOL = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL)
+_SHARED = int(Where.SHARED)
 _DONT_WAKE = 2
 """UFFDIO_WRITEPROTECT_MODE_DONTWAKE."""
 _EEXIST, _EAGAIN, _ENOENT, _ESRCH = errno.EEXIST, errno.EAGAIN, errno.ENOENT, errno.ESRCH
@@ -231,6 +233,8 @@ def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk
             # It has been evicted since the fault: that is answered like one on a page which is there already.
             result = -_EEXIST
         counts[_C_MINOR] += 1
+    elif where[page] == _SHARED:
+        result = -_EEXIST
     elif where[page] >= _POOL:
         result = _from_store(uffd, room, hva, page, table, desk)
     elif where[page] == _PEER:
@@ -287,6 +291,9 @@ def _messages(uffds: NDArray[np.int32], table: Table, desk: Desk) -> int:
             state[_S_DETAIL] = np.int64(desk.messages[at + 1])
             address = int(np.int64(desk.messages[at + 2]))
             kind = np.int64(desk.messages[at] & np.uint64(0xFF))
+            if kind == _UNMAP:
+                # Its author sleeps until it is read: nothing else is to be done for it.
+                continue
             if kind != _PAGEFAULT:
                 third = np.int64(desk.messages[at + 3])
                 details = (kind, state[_S_DETAIL], address, third, space)

@@ -48,6 +48,8 @@ class Where(IntEnum):
     """In the pool: memory of this host that guests share."""
     FILE = 4
     """In a swap file."""
+    SHARED = 7
+    """Mapped from a sharing pool, where ``locator`` is its slot; or copied from there by a write (pager/overlay.py)."""
 
 
 STORED = (Where.POOL, Where.FILE)
