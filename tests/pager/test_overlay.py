@@ -250,6 +250,12 @@ def test_what_could_not_be_mapped_is_as_it_was(scene: Scene, monkeypatch: pytest
     assert scene.target.ask("t").split()[1] == str(SUM + 1980 + 990)
 
 
+def test_a_pool_on_a_disk_is_refused(scene: Scene, tmp_path: Path) -> None:
+    with (tmp_path / "pool").open("w+b") as file, pytest.raises(RefusedError, match="tmpfs"):
+        scene.pager.share_from(file.fileno())
+    assert [thread.name for thread in proc.threads(scene.target.pid)] == ["target"]
+
+
 def test_a_guest_that_has_forked_is_refused(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pager, "spaces", 2)
     with pytest.raises(RefusedError, match="forked"):

@@ -11,6 +11,9 @@
     b = "10.0.0.2"
     c = "[fd00::3]:99"                # IPv6, with a port in brackets
 
+    [sharing]                         # domains: VMs that may share pages with one another; else none does
+    blue = ["web-1", "web-2"]
+
 The host's identity (key, certificate, the cluster's CA) is /etc/outboard/pki, written by ``outboard pki init``. Three
 variables move things: OUTBOARD_CONFIG_DIR (/etc/outboard), OUTBOARD_RUNTIME_DIR (/run/outboard), OUTBOARD_STATE_DIR
 (/var/lib/outboard).
@@ -58,6 +61,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: int = PORT
     migration_ports: tuple[int, int] = (49152, 49215)
     hosts: dict[str, str] = {}
+    sharing: dict[str, list[str]] = {}
 
     def find(self, host: str) -> Destination:
         """Where another host's agent listens.

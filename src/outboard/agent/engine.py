@@ -20,8 +20,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from outboard.agent import planning
+from outboard.agent import domains, planning
 from outboard.agent.config import state_dir
+from outboard.agent.domains import Sharing
 from outboard.agent.history import History
 from outboard.agent.manager import Manager
 from outboard.agent.planning import Planning
@@ -100,7 +101,7 @@ class Manage(msgspec.Struct, frozen=True, tag="manage"):
     successor: bool
 
 
-Task = Depart | Receive | Manage | Planning
+Task = Depart | Receive | Manage | Planning | Sharing
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -184,6 +185,8 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
             case Planning():
                 random = np.random.default_rng()
                 desk.report(planning.make(work, Registry(Path(runtime)).get(work.vm), Path(identity), random))
+            case Sharing():
+                domains.run(work, Registry(Path(runtime)), lambda: _ready(desk))
             case Manage():
                 _manage(work, desk, Registry(Path(runtime)))
     except OutboardError as error:
@@ -247,9 +250,13 @@ def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
     """Manage the VM's memory for as long as it runs; the agent is told once, and not needed afterwards."""
     record = registry.get(work.vm)
     manager = Manager(record.memory_directory, record.attach, Path(work.swap), successor=work.successor)
+    _ready(desk)
+    manager.serve()
+
+
+def _ready(desk: PipeDesk) -> None:
     desk.report(Managing(engine=os.getpid()))
     desk.close()
-    manager.serve()
 
 
 def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:

@@ -7,6 +7,7 @@ lock          held (flock(2)) by the engine, whose pid is in it
 layout.json   the guest as it was attached: a guest that waits for a page answers no QMP
 where         the journal of :class:`~outboard.pages.residency.Residency`, with ``locator``
 pool          pages that went to memory; ``pool.slots``
+sharing       the name of the domain that it shares pages in, while it does
 control.sock  where it takes orders: JSON, each with a length before it
 ============  ===========================================================================
 
@@ -33,7 +34,22 @@ import msgspec
 import numpy as np
 import structlog
 
-from outboard.agent.orders import Evict, Failed, Fetch, HandOver, Looked, Order, Release, ask
+from outboard.agent.orders import (
+    DropZeros,
+    Evict,
+    Failed,
+    Fetch,
+    HandOver,
+    Looked,
+    Order,
+    ReadRound,
+    Release,
+    Share,
+    Tidy,
+    Unshare,
+    ask,
+)
+from outboard.agent.sharer import Sharer
 from outboard.errors import KernelError, OutboardError, RefusedError
 from outboard.linux import pidfd
 from outboard.pager.pager import Pager
@@ -47,7 +63,7 @@ from outboard.vmm.guest import Guest
 from outboard.vmm.layout import Layout
 
 CONTROL = "control.sock"
-_LAYOUT = "layout.json"
+LAYOUT = "layout.json"
 _HAND_OVER_S = 10.0
 _HALF_LIFE_S = 300.0
 """Of what earlier orders have seen the guest touch."""
@@ -86,18 +102,18 @@ class Manager:
             self._lock = _lock(directory, successor=successor)
             undo.callback(os.close, self._lock)
             self._swap = swap
-            layout = Layout.load(directory / _LAYOUT)
+            layout = Layout.load(directory / LAYOUT)
             if layout is None:
                 # Whatever lies here is another guest's, or of the time before a power cut: nobody can want it.
                 _empty(directory)
                 remove(swap)
                 undo.callback(self._forget)
                 with attach() as attached:
-                    layout = Layout.keep(attached, directory / _LAYOUT)
+                    layout = Layout.keep(attached, directory / LAYOUT)
             self._guest = layout.guest()
             undo.callback(self._guest.close)
             swap.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._listener = _listen(directory / CONTROL)
+            self._listener = listen(directory / CONTROL)
             undo.callback(self._listener.close)
             pages = self._guest.pages
             self._stores = {
@@ -108,6 +124,8 @@ class Manager:
             self._process = pidfd.open(layout.pid)
             undo.callback(os.close, self._process)
             self._pager = Pager(self._guest, Residency(pages, directory), self._stores)
+            undo.callback(self._pager.close)
+            self._sharer = Sharer(self._pager, directory, directory.parents[2])
             undo.pop_all()
         self._pending: _Pending | None = None
         self._failure: Exception | None = None
@@ -209,6 +227,8 @@ class Manager:
                 self._pager.release()
                 self._forget()
                 return came, True
+            case Share() | Unshare() | DropZeros() | Tidy() | ReadRound():
+                return self._sharer.carry_out(order), False
         return 0, isinstance(order, HandOver)
 
     def _watch(self, client: Connection, order: Evict) -> None:
@@ -244,6 +264,7 @@ class Manager:
             zero=now.zero * PAGE_SIZE,
             pool=now.pool * PAGE_SIZE,
             file=now.file * PAGE_SIZE,
+            **self._sharer.looked(),
             moved=moved * PAGE_SIZE,
             faults=latencies.count,
             fault_p50_us=latencies.percentile_us(0.5),
@@ -308,7 +329,8 @@ def _empty(directory: Path) -> None:
             old.unlink()
 
 
-def _listen(path: Path) -> socket.socket:
+def listen(path: Path) -> socket.socket:
+    """A socket at ``path`` that takes orders."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     # By the directory's descriptor: the path may be longer than an address.

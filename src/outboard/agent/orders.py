@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from outboard.errors import UnreachableError, error_of
+from outboard.sharing.reads import Watch
 from outboard.vmm import sockets
 
 _CONNECT_S = 5.0
@@ -39,13 +40,43 @@ class HandOver(msgspec.Struct, frozen=True, tag="hand-over"):
     """Let go of the guest as it is, to a successor."""
 
 
-Order = Evict | Fetch | Release | Look | HandOver
+class Share(msgspec.Struct, frozen=True, tag="share"):
+    """Share pages with the pool of ``domain``: (first page, first slot, how many), those first that shall go first."""
+
+    domain: str
+    spans: list[tuple[int, int, int]]
+
+
+class Unshare(msgspec.Struct, frozen=True, tag="unshare"):
+    """Give shared pages memory of their own: runs of them; all, and share no more, when not given."""
+
+    runs: list[tuple[int, int]] | None = None
+
+
+class DropZeros(msgspec.Struct, frozen=True, tag="drop-zeros"):
+    """Give up the memory of those pages, in runs, that are zeros."""
+
+    runs: list[tuple[int, int]]
+
+
+class Tidy(msgspec.Struct, frozen=True, tag="tidy"):
+    """Bring shared pages that were written since back into the guest's file: nothing is saved by them any more."""
+
+
+class ReadRound(msgspec.Struct, frozen=True, tag="read-round"):
+    """End a round of watching how shared pages are read, un-share what is due, and begin the next."""
+
+    watch: Watch | None = None
+
+
+Order = Evict | Fetch | Release | Look | HandOver | Share | Unshare | DropZeros | Tidy | ReadRound
 
 
 class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.residency.v1"):
     """How things are, after an order was carried out; in bytes, counts and microseconds.
 
-    ``moved``: bytes that the order has moved.
+    ``moved``: bytes that the order has moved. ``shared``: bytes that are mapped from the pool of ``domain``, of which
+    ``copied`` were written since and are private; ``read_much``: pages un-shared for how they were read, by pattern.
     """
 
     vm: str
@@ -60,6 +91,10 @@ class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.resi
     fault_p50_us: float | None
     fault_p99_us: float | None
     failure: str | None
+    shared: int = 0
+    copied: int = 0
+    domain: str | None = None
+    read_much: dict[str, int] = {}
 
 
 class Failed(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.failed.v1"):

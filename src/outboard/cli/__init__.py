@@ -30,6 +30,7 @@ _COMMANDS = {
     "release": "outboard.cli.memory:release",
     "residency": "outboard.cli.memory:residency",
     "run": "outboard.cli.run:run",
+    "sharing": "outboard.cli.sharing:sharing",
     "stop": "outboard.cli.run:stop",
     "wss": "outboard.cli.wss:wss",
 }

@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import KernelError, RefusedError
-from outboard.linux import proc
+from outboard.linux import numa, proc, statfs
 from outboard.linux.hand import Hand
 from outboard.linux.pagemap import Pagemap
 from outboard.linux.ptrace import SYS_mmap, SYS_munmap
@@ -100,7 +100,7 @@ class OverlayStatistics:
 class Overlay:
     """Shares pages of the guest that ``keeper`` keeps, with the pool that ``pool`` is a descriptor of.
 
-    :raise RefusedError: ``forked``: the guest has forked, and its child maps the same memory.
+    :raise RefusedError: ``forked``: the guest has forked, and its child maps the same memory; ``pool-not-memory``.
     :raise KernelError: no hand could be put into the process.
 
     Synchronization: the pager's thread. Faults are served meanwhile.
@@ -112,6 +112,12 @@ class Overlay:
                 "forked",
                 f"{keeper.guest.name}: a child that it forked maps the same memory, and would not see what is written "
                 "to a shared page; share when that has ended",
+            )
+        if statfs.of(pool).type != statfs.TMPFS_MAGIC:
+            raise RefusedError(
+                "pool-not-memory",
+                f"{keeper.guest.name}: a sharing pool is memory, a file on tmpfs; what is mapped from any other file "
+                "cannot be watched",
             )
         self._keeper = keeper
         self._guest = keeper.guest
@@ -261,6 +267,7 @@ class Overlay:
             raise ValueError(f"the overlay of {self._guest.name} is closed")
         results = self._hand.batch(np.array(calls, dtype=np.int64))
         clamp = self._keeper.clamp
+        # Those that were refused are what they were, and registered.
         for hva, length in pieces:
             clamp.uffd.register(hva, length * PAGE_SIZE, clamp.mode)
         refused = results[results < 0]
@@ -417,6 +424,25 @@ class Overlay:
         entries = self._entries(numbers)
         read = (entries.view(np.int64) < 0) & (entries & _FILE_ENTRY != 0)
         return PageSet.from_numbers(self._guest.pages, numbers[read])
+
+    def remote(self, pages: PageSet) -> PageSet:
+        """Those of ``pages``, which are mapped, whose memory is on another node than every vCPU runs on now.
+
+        :raise KernelError: the process has ended.
+        """
+        if not numa.several_nodes():
+            return PageSet(self._guest.pages)
+        numbers = pages.numbers()
+        readers = {numa.node_of_thread(self._guest.pid, vcpu.tid) for vcpu in self._guest.vcpus}
+        found = numa.nodes_of_pages(self._guest.pid, self._addresses(numbers))
+        return PageSet.from_numbers(self._guest.pages, numbers[~np.isin(found, list(readers)) & (found >= 0)])
+
+    def _addresses(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = np.empty(numbers.size, dtype=np.int64)
+        for region in self._guest.regions:
+            here = (numbers >= region.first) & (numbers < region.first + region.pages)
+            found[here] = region.hva + (numbers[here] - region.first) * PAGE_SIZE
+        return found
 
     def statistics(self) -> OverlayStatistics:
         """A frozen snapshot."""

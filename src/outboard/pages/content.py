@@ -17,6 +17,10 @@ _WORDS = PAGE_SIZE // 8
 # The extension module of xxhash exports the library that it wraps: compiled loops call it without the interpreter.
 binding.load_library_permanently(xxhash._xxhash.__file__)  # type: ignore[attr-defined]
 _xxh3: Any = types.ExternalFunction("XXH3_64bits", types.uint64(types.uintp, types.uint64))
+xxh3_with_secret: Any = types.ExternalFunction(
+    "XXH3_64bits_withSecret", types.uint64(types.uintp, types.uint64, types.uintp, types.uint64)
+)
+"""For compiled loops: the digest of (address, length) under the secret at (address, length)."""
 
 
 @njit("void(uint64[::1], boolean[::1])", cache=True, nogil=True)
