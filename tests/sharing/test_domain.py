@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from outboard.errors import RefusedError
+from outboard.pages import LARGE
 from outboard.pages.residency import Where
 from outboard.sharing.domain import Domain, spans_of
 from outboard.sharing.pool import Pool
 from outboard.sharing.scan import SECRET
+from tests.support.machine import transparent_huge_pages
 from tests.support.requirements import require
 from tests.support.sharing import ProcessMember, blocks_of
+from tests.support.target import Target
 
 PAGES = 1024
 SUM = PAGES * (PAGES - 1) // 2
@@ -142,3 +145,43 @@ def test_spans_come_longest_first() -> None:
     slots = np.array([50, 51, 60, 61, 62, 63], dtype=np.int64)
     assert spans_of(pages, slots).tolist() == [[5, 60, 3], [1, 50, 2], [9, 63, 1]]
     assert spans_of(pages[:0], slots[:0]).shape == (0, 3)
+
+
+def test_large_pages_stay_whole_until_memory_is_short_and_are_rebuilt(scene: Scene) -> None:
+    directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    with transparent_huge_pages():
+        members = [
+            ProcessMember(f"t{number}", directory, scene.pool.fileno(), target=Target("thp", mebibytes=8))
+            for number in range(2)
+        ]
+        domain = Domain(members, scene.pool, np.full(SECRET, 3, dtype=np.uint8))
+        try:
+            large = sum(len(member.large()) for member in members)
+            assert large >= 2 * 3 * LARGE
+            for _ in range(3):
+                done = domain.round()
+            # What is in large pages is left alone, however equal; the rest of the memory is shared.
+            assert sum(len(member.large()) for member in members) == large
+            inside = domain.inside()
+            assert inside.pages > 2 * LARGE
+            assert domain.inside(every=4).error > 0
+            offered = inside.by_guest[0]
+            assert domain.reclaim(LARGE // 2 * 4096, 64) >= 1
+            chosen = sum(len(blocks) for blocks in domain.broken)
+            for _ in range(2):
+                done = domain.round()
+            assert done.failures == {}
+            assert sum(len(member.large()) for member in members) == large - chosen * LARGE
+            assert domain.inside().pages < inside.pages
+            assert offered > 0
+            before = [len(blocks) for blocks in domain.broken]
+            assert domain.rebuild() == (sum(before), {})
+            assert sum(len(member.large()) for member in members) == large
+            for member in members:
+                assert member.target.ask("t").split()[1] == str(2048 * 2047 // 2)
+                assert member.target.ask("w 700 1") == "written"
+                assert member.pager.failure is None
+        finally:
+            for member in members:
+                member.close()
+            shutil.rmtree(directory)

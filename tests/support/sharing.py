@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from outboard.pager.overlay import Overlay
 from outboard.pager.pager import Pager
-from outboard.pages import PAGE_SIZE
+from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.residency import Residency, Where
 from outboard.stores.file import FileStore
+from outboard.vmm.large_pages import large_mappings
 from tests.support.process_guest import guest_of
 from tests.support.target import Target
 
@@ -55,6 +56,13 @@ class ProcessMember:
 
     def tidy(self) -> int:
         return self.overlay.unshare(self.overlay.copied())
+
+    def large(self) -> PageSet:
+        return large_mappings(self.guest)
+
+    def rebuild(self, blocks: list[int]) -> int:
+        rows = np.array([[block * LARGE, LARGE] for block in blocks], dtype=np.int64)
+        return self.overlay.rebuild(PageSet.from_runs(self.pages, rows)) * LARGE
 
     def resident(self) -> int:
         """Pages of memory that are the guest's own: in its file, and copied."""

@@ -68,7 +68,7 @@ def test_twins_share_and_part(twins: list[Vm], cluster: Cluster) -> None:
         done = host.outboard("sharing", *arguments)
         assert (done.returncode, says in done.stderr) == (code, True), done.stderr
     before = [len(proc.maps(vm.record("a").pid)) for vm in twins]
-    done = host.outboard("sharing", "start", DOMAIN, "--every", "0.5", "--reads", "0.5")
+    done = host.outboard("sharing", "start", DOMAIN, "--every", "1", "--reads", "1")
     assert done.returncode == 0, done.stderr
     wait_for(lambda: saves(host), "something saved")
     for vm in twins:

@@ -44,6 +44,7 @@ from outboard.errors import (
 from outboard.linux import sched
 from outboard.migrate.goals import options_for
 from outboard.migrate.method import Goal, Options
+from outboard.sharing.inside import Thresholds
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.wire.tls import Listener
 
@@ -74,6 +75,7 @@ class ShareRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     every_s: float = 10.0
     reads_s: float = 1.0
+    large: Thresholds = Thresholds()
 
 
 class Agent:
@@ -159,7 +161,7 @@ class Agent:
                 raise RefusedError("migrating", f"{vm} is being migrated; share its pages when it has arrived")
         self._engaging += vms
         try:
-            process = await asyncio.to_thread(self._sharing.begin, name, wanted.every_s, wanted.reads_s)
+            process = await asyncio.to_thread(self._sharing.begin, name, wanted.every_s, wanted.reads_s, wanted.large)
         finally:
             for vm in vms:
                 self._engaging.remove(vm)

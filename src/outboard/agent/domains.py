@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import select
 import shutil
 import time
@@ -31,18 +32,21 @@ import structlog
 from numpy.typing import NDArray
 
 from outboard.agent.manager import CONTROL, LAYOUT, listen
-from outboard.agent.orders import DropZeros, Failed, Look, Looked, ReadRound, Share, Tidy, Unshare, ask
+from outboard.agent.orders import DropZeros, Failed, Look, Looked, ReadRound, Rebuild, Share, Tidy, Unshare, ask
 from outboard.agent.orders import Order as EngineOrder
 from outboard.agent.sharer import domain_directory, pool_path
 from outboard.errors import NotFoundError, OutboardError, RefusedError, UnreachableError, error_of
+from outboard.linux import proc
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.residency import Residency, Where
 from outboard.sharing.domain import Domain, Found, Spans
+from outboard.sharing.inside import Pressure, Thresholds, plenty, tlb_cost, wanted
 from outboard.sharing.pool import Pool
 from outboard.sharing.reads import Watch
 from outboard.sharing.scan import SECRET
 from outboard.vmm import sockets
+from outboard.vmm.large_pages import large_mappings
 from outboard.vmm.layout import Layout
 from outboard.vmm.registry import Registry, VmRecord
 
@@ -64,6 +68,7 @@ class Sharing(msgspec.Struct, frozen=True, tag="sharing"):
     every_s: float = 10.0
     reads_s: float = 1.0
     watch: Watch = Watch()
+    large: Thresholds = Thresholds()
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):
@@ -90,6 +95,8 @@ class Told(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.sharin
 
     ``shareable``: what sharing could still free, at the last scan; ``saved``: what it frees now: pages that are mapped
     from the pool and not copied, less the pool itself; pages of zeros that were given up come on top (``zeros``).
+    ``inside``: what breaking large pages would free on top; ``broken`` of them are, for want of memory, which takes so
+    many ``tlb_entries`` more to cover.
     """
 
     domain: str
@@ -103,6 +110,9 @@ class Told(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.sharin
     shared: int
     saved: int
     zeros: int
+    inside: int
+    broken: int
+    tlb_entries: int
     members: list[MemberTold]
 
 
@@ -156,6 +166,12 @@ class EngineMember:
     def drop_zeros(self, runs: Runs) -> int:
         return sum(self._pages(DropZeros([tuple(row) for row in part.tolist()])) for part in _parts(runs))
 
+    def large(self) -> PageSet:
+        return large_mappings(self._guest)
+
+    def rebuild(self, blocks: list[int]) -> int:
+        return self._pages(Rebuild(blocks))
+
     def tidy(self) -> int:
         return self._pages(Tidy())
 
@@ -199,6 +215,7 @@ class Running:
             undo.pop_all()
         self._found = Found(0, 0, 0, 0, 0)
         self._scans = 0
+        self._inside = 0.0
         self._zeros = dict.fromkeys(work.vms, 0)
         self._failures: dict[str, str] = {}
 
@@ -266,13 +283,27 @@ class Running:
 
     def _round(self) -> None:
         before = {member.name: int(np.count_nonzero(member.where == Where.ZERO)) for member in self._members}
+        self._mind_large_pages()
         done = self._domain.round()
+        self._inside = self._domain.inside().pages
         for member in self._members:
             self._zeros[member.name] += max(0, int(np.count_nonzero(member.where == Where.ZERO)) - before[member.name])
         self._found, self._failures = done.found, done.failures
         self._scans += 1
         for vm, why in done.failures.items():
             log.warning("sharing", vm=vm, why=why)
+
+    def _mind_large_pages(self) -> None:
+        """Break large pages where memory is short, rebuild them where it is plenty, and else leave them."""
+        thresholds, pressure = self._work.large, _pressure()
+        reclaim = wanted(pressure, thresholds)
+        if reclaim:
+            chosen = self._domain.reclaim(reclaim, thresholds.least)
+            log.info("large pages are broken", domain=self._work.domain, blocks=chosen, available=pressure.available)
+        elif plenty(pressure, thresholds) and any(self._domain.broken):
+            rebuilt, failures = self._domain.rebuild()
+            self._failures.update(failures)
+            log.info("large pages are rebuilt", domain=self._work.domain, blocks=rebuilt)
 
     def _each(self, order: EngineOrder) -> None:
         for member in self._members:
@@ -297,6 +328,7 @@ class Running:
 
     def _told(self) -> Told:
         told = [self._member(member) for member in self._members]
+        cost = tlb_cost(sum(len(blocks) for blocks in self._domain.broken), 0.0, 0.0)
         pool, shared = self._pool.used() * PAGE_SIZE, sum(one.shared for one in told)
         return Told(
             domain=self._work.domain,
@@ -310,6 +342,9 @@ class Running:
             shared=shared,
             saved=max(0, shared - sum(one.copied for one in told) - pool),
             zeros=sum(one.zeros for one in told),
+            inside=round(self._inside * PAGE_SIZE),
+            broken=cost.broken,
+            tlb_entries=cost.entries,
             members=told,
         )
 
@@ -321,6 +356,16 @@ class Running:
             return MemberTold(member.name, 0, 0, 0, {}, failure or str(error))
         zeros = min(now.zero, self._zeros[member.name] * PAGE_SIZE)
         return MemberTold(member.name, now.shared, now.copied, zeros, now.read_much, failure)
+
+
+def _pressure() -> Pressure:
+    try:
+        text = Path("/proc/pressure/memory").read_text()
+    except OSError:
+        # A kernel without PSI, or that was started with psi=0.
+        text = ""
+    stalled = re.search(r"^some avg10=([0-9.]+)", text)
+    return Pressure(proc.meminfo()["MemAvailable"], float(stalled[1]) if stalled else 0.0)
 
 
 def _managed(member: EngineMember) -> bool:

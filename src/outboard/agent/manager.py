@@ -43,6 +43,7 @@ from outboard.agent.orders import (
     Looked,
     Order,
     ReadRound,
+    Rebuild,
     Release,
     Share,
     Tidy,
@@ -227,7 +228,7 @@ class Manager:
                 self._pager.release()
                 self._forget()
                 return came, True
-            case Share() | Unshare() | DropZeros() | Tidy() | ReadRound():
+            case Share() | Unshare() | DropZeros() | Tidy() | ReadRound() | Rebuild():
                 return self._sharer.carry_out(order), False
         return 0, isinstance(order, HandOver)
 

@@ -69,7 +69,13 @@ class ReadRound(msgspec.Struct, frozen=True, tag="read-round"):
     watch: Watch | None = None
 
 
-Order = Evict | Fetch | Release | Look | HandOver | Share | Unshare | DropZeros | Tidy | ReadRound
+class Rebuild(msgspec.Struct, frozen=True, tag="rebuild"):
+    """Give aligned blocks of 2 MiB, by their numbers, memory of their own again, and make them large pages."""
+
+    blocks: list[int]
+
+
+Order = Evict | Fetch | Release | Look | HandOver | Share | Unshare | DropZeros | Tidy | ReadRound | Rebuild
 
 
 class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.residency.v1"):

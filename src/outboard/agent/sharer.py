@@ -18,12 +18,12 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.agent.orders import DropZeros, ReadRound, Share, Tidy, Unshare
+from outboard.agent.orders import DropZeros, ReadRound, Rebuild, Share, Tidy, Unshare
 from outboard.errors import KernelError, RefusedError, UsageError
 from outboard.linux import statfs
 from outboard.pager.overlay import Overlay
 from outboard.pager.pager import Pager
-from outboard.pages import PAGE_SIZE
+from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.sharing.reads import Reads, Watch
 
@@ -40,7 +40,7 @@ class Shared(TypedDict):
     read_much: dict[str, int]
 
 
-Order = Share | Unshare | DropZeros | Tidy | ReadRound
+Order = Share | Unshare | DropZeros | Tidy | ReadRound | Rebuild
 
 
 def domain_directory(root: Path, domain: str) -> Path:
@@ -130,6 +130,9 @@ class Sharer:
                 return 0 if overlay is None else overlay.unshare(overlay.copied())
             case ReadRound():
                 return self._read_round(order)
+            case Rebuild():
+                blocks = self._set([(block * LARGE, LARGE) for block in order.blocks])
+                return 0 if self._pager.overlay is None else self._pager.overlay.rebuild(blocks) * LARGE
 
     def looked(self) -> Shared:
         """What a look at the guest tells of sharing."""

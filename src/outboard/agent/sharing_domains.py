@@ -16,6 +16,7 @@ from outboard.agent.engine import Managing, Refused
 from outboard.agent.sharer import domain_directory
 from outboard.errors import KernelError, OutboardError, RefusedError, UnreachableError, error_of
 from outboard.linux import pidfd
+from outboard.sharing.inside import Thresholds
 from outboard.vmm.registry import Registry
 
 _READY_S = 60.0
@@ -55,7 +56,7 @@ class SharingDomains:
         else:
             self._watch(directory, process)
 
-    def begin(self, name: str, every_s: float, reads_s: float) -> int:
+    def begin(self, name: str, every_s: float, reads_s: float, large: Thresholds) -> int:
         """Have a domain share: one that the administrator has named, or a VM alone; its process's pid.
 
         :raise NotFoundError: it is neither.
@@ -69,7 +70,7 @@ class SharingDomains:
             if taken and other.name != name:
                 raise RefusedError("sharing", f"{', '.join(sorted(taken))}: shared in the domain {other.name} already")
         with self._locks[name]:
-            return self._run(Sharing(name, vms, every_s, reads_s))
+            return self._run(Sharing(name, vms, every_s, reads_s, large=large))
 
     def _run(self, work: Sharing) -> int:
         for vm in work.vms:

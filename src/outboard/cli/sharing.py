@@ -16,13 +16,14 @@ from outboard.agent.domains import Stop, Tell, Told, active, ask_domain
 from outboard.agent.sharer import domain_directory
 from outboard.cli.api import call
 from outboard.cli.output import output_option, print_json, print_table, size_text
-from outboard.errors import NotFoundError
+from outboard.errors import NotFoundError, UsageError
 from outboard.pages import PAGE_SIZE
 from outboard.sharing.domain import Domain, Found
 from outboard.sharing.looking import Looked
 from outboard.sharing.pool import Pool
 from outboard.sharing.scan import SECRET
 from outboard.vmm.registry import Registry
+from outboard.vmm.spec import parse_size
 
 
 class Scanned(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.sharing-scan.v1"):
@@ -36,6 +37,7 @@ class Scanned(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.sha
     zeros: int
     shareable: int
     scan_rate: float
+    inside: int
 
 
 @click.group()
@@ -73,10 +75,11 @@ def scan(names: tuple[str, ...], pause: float, output: str) -> None:
         domain.scan()
         time.sleep(pause)
         found = domain.scan()
-        _tell_scan([member.name for member in members], found, domain.speed(), output)
+        inside = round(domain.inside().pages * PAGE_SIZE)
+        _tell_scan([member.name for member in members], found, inside, domain.speed(), output)
 
 
-def _tell_scan(vms: list[str], found: Found, rate: float, output: str) -> None:
+def _tell_scan(vms: list[str], found: Found, inside: int, rate: float, output: str) -> None:
     if output == "json":
         print_json(
             Scanned(
@@ -88,6 +91,7 @@ def _tell_scan(vms: list[str], found: Found, rate: float, output: str) -> None:
                 zeros=found.zeros * PAGE_SIZE,
                 shareable=found.shareable * PAGE_SIZE,
                 scan_rate=rate,
+                inside=inside,
             )
         )
         return
@@ -100,6 +104,15 @@ def _tell_scan(vms: list[str], found: Found, rate: float, output: str) -> None:
         f"{size_text(found.zeros * PAGE_SIZE)} zeros; {size_text(found.unstable * PAGE_SIZE)} were being written; "
         f"scanned at {size_text(rate)}/s on one processor"
     )
+    if inside:
+        click.echo(f"inside large pages, which stay large: {size_text(inside)} more, if they were broken")
+
+
+def _size(option: str, text: str | None) -> int:
+    try:
+        return 0 if text is None else parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from error
 
 
 @sharing.command(epilog="Example: outboard sharing start blue --every 30")
@@ -114,9 +127,20 @@ def _tell_scan(vms: list[str], found: Found, rate: float, output: str) -> None:
     show_default=True,
     help="Seconds between two looks at how shared pages are read.",
 )
-def start(domain: str, every: float, reads: float) -> None:
-    """Share equal pages of a domain's VMs from now on, while they run; a page that a VM reads much is un-shared."""
-    process = call("PUT", f"/v1/sharing/{domain}", {"every_s": every, "reads_s": reads})["process"]
+@click.option("--break-below", metavar="SIZE", help="Break large pages while less memory than this is available.")
+@click.option("--rebuild-above", metavar="SIZE", help="Make them large again while more than this is available.")
+def start(domain: str, every: float, reads: float, break_below: str | None, rebuild_above: str | None) -> None:
+    """Share equal pages of a domain's VMs from now on, while they run; a page that a VM reads much is un-shared.
+
+    What is equal inside large pages stays there, and they stay large, unless --break-below is given.
+    """
+    large = {
+        "break_below": _size("--break-below", break_below),
+        "rebuild_above": _size("--rebuild-above", rebuild_above),
+    }
+    if 0 < large["rebuild_above"] <= large["break_below"]:
+        raise UsageError("--rebuild-above is more than --break-below")
+    process = call("PUT", f"/v1/sharing/{domain}", {"every_s": every, "reads_s": reads, "large": large})["process"]
     click.echo(f"{domain} shares pages; process {process} scans")
 
 
@@ -157,6 +181,11 @@ def _tell(told: Told, output: str) -> None:
         f"{size_text(told.pool)}; {size_text(told.zeros)} of zeros given up; {size_text(told.shareable)} more could be "
         f"freed; scan {told.scans} at {size_text(told.scan_rate)}/s"
     )
+    if told.inside or told.broken:
+        click.echo(
+            f"inside large pages: {size_text(told.inside)} more, if they were broken; {told.broken} are "
+            f"({told.tlb_entries:,} TLB entries more)"
+        )
     rows = [
         [
             one.vm,

@@ -42,12 +42,13 @@ from outboard.linux.hand import Hand
 from outboard.linux.pagemap import Pagemap
 from outboard.linux.ptrace import SYS_mmap, SYS_munmap
 from outboard.pager import batches
-from outboard.pages import PAGE_SIZE
+from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.residency import Residency, Where
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest, Region
+from outboard.vmm.large_pages import collapse
 
 _SYS_MADVISE = 28
 _MADVICE = {"dc": mmap.MADV_DONTFORK, "dd": mmap.MADV_DONTDUMP, "hg": mmap.MADV_HUGEPAGE, "nh": mmap.MADV_NOHUGEPAGE}
@@ -75,7 +76,7 @@ class Keeper(Protocol):
     def regions(self) -> NDArray[np.int64]: ...
     @property
     def spaces(self) -> int: ...
-    def claims(self, pages: PageSet) -> Iterator[NDArray[np.int64]]: ...
+    def claims(self, pages: PageSet, most: int = ...) -> Iterator[NDArray[np.int64]]: ...
     def give_up(self, claimed: NDArray[np.int64]) -> None: ...
     def runs_of(self, numbers: NDArray[np.int64]) -> Runs: ...
     def protect(self, runs: Runs, protected: bool) -> None: ...
@@ -385,6 +386,44 @@ class Overlay:
                 self._keeper.give_up(claimed)
             gone += int(np.count_nonzero(zero))
         return gone
+
+    def rebuild(self, blocks: PageSet) -> int:
+        """Give blocks, aligned 2 MiB each, memory of their own again, in one large page each if the kernel will.
+
+        A block of which a page is in a store, or busy, stays as it is.
+
+        :return: how many are large now.
+        :raise KernelError: the kernel refused otherwise.
+        """
+        rebuilt = 0
+        for first in (page for low, count in blocks for page in range(low, low + count, LARGE)):
+            block = PageSet.from_runs(self._guest.pages, np.array([[first, LARGE]], dtype=np.int64))
+            self.unshare(block)
+            for claimed in self._keeper.claims(block, LARGE):
+                try:
+                    rebuilt += claimed.size == LARGE and self._collapse(block, claimed)
+                finally:
+                    self._keeper.give_up(claimed)
+        return rebuilt
+
+    def _collapse(self, block: PageSet, numbers: NDArray[np.int64]) -> bool:
+        """All of the block is claimed: nobody takes a page away, and who faults waits."""
+        if not np.isin(self._where[numbers], (Where.RESIDENT, Where.ZERO)).all():
+            return False
+        clamp, (row, first, count) = self._keeper.clamp, next(self._pieces(int(numbers[0]), LARGE))
+        if count != LARGE:
+            return False
+        hva, length = self._hva(row, first), LARGE * PAGE_SIZE
+        # The kernel makes no large page over holes while anything beside them is registered for missing pages, nor of
+        # what is registered for write-protection. What is absent here is a page of zeros.
+        for page in (block - self._guest.memory.populated()).numbers().tolist():
+            clamp.uffd.zeropage(hva + (page - first) * PAGE_SIZE, PAGE_SIZE)
+        self._where[numbers] = Where.RESIDENT
+        clamp.uffd.unregister(hva, length)
+        try:
+            return not collapse(self._guest, block)
+        finally:
+            clamp.uffd.register(hva, length, clamp.mode)
 
     def zap(self, pages: PageSet) -> PageSet:
         """Take shared pages out of the page table, so that the next access shows; those that now are.

@@ -226,11 +226,11 @@ class Pager:
             pieces.append(np.column_stack((low[inside], high[inside] - low[inside])))
         return np.ascontiguousarray(np.concatenate(pieces))
 
-    def claims(self, pages: PageSet) -> Iterator[NDArray[np.int64]]:
-        """Claim ``pages`` a batch at a time; those that somebody else is busy with are passed over."""
+    def claims(self, pages: PageSet, most: int = _BATCH) -> Iterator[NDArray[np.int64]]:
+        """Claim ``pages``, ``most`` at a time; those that somebody else is busy with are passed over."""
         numbers = pages.numbers()
-        for at in range(0, numbers.size, _BATCH):
-            batch = numbers[at : at + _BATCH]
+        for at in range(0, numbers.size, most):
+            batch = numbers[at : at + most]
             ours = np.empty(batch.size, dtype=np.bool_)
             if batches.claim(self._claimed, batch, ours):
                 yield np.ascontiguousarray(batch[ours])

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import OutboardError
-from outboard.pages import PAGE_SIZE
+from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.residency import Where
+from outboard.sharing.inside import Estimate, Inside, by_block, estimate, to_break
 from outboard.sharing.pool import Pool
 from outboard.sharing.scan import NO_DIGEST, SECRET, Digests, digests
 
@@ -55,6 +56,12 @@ class Member(Protocol):
 
     def drop_zeros(self, runs: Runs) -> int:
         """Give pages of zeros up; how many it did."""
+
+    def large(self) -> PageSet:
+        """The pages that are in large pages."""
+
+    def rebuild(self, blocks: list[int]) -> int:
+        """Make blocks large pages again, in memory of their own; how many pages that made."""
 
     def tidy(self) -> int:
         """Give pages that were written since memory of their own; how many there were."""
@@ -106,6 +113,10 @@ class Domain:
         self._pool = pool
         self._secret = secret
         self._digests = [Digests(member.pages, secret) for member in self.members]
+        self._large = [PageSet(member.pages) for member in self.members]
+        self._breaking = [PageSet(member.pages) for member in self.members]
+        self._heat = [by_block(known.stable) for known in self._digests]
+        self.broken: list[set[int]] = [set() for _ in self.members]
         self._pool_slots: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._pool_digests: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
@@ -114,11 +125,19 @@ class Domain:
         kept = [index for index, member in enumerate(self.members) if member.name != name]
         self.members = [self.members[index] for index in kept]
         self._digests = [self._digests[index] for index in kept]
+        self._large = [self._large[index] for index in kept]
+        self._breaking = [self._breaking[index] for index in kept]
+        self._heat = [self._heat[index] for index in kept]
+        self.broken = [self.broken[index] for index in kept]
 
     def scan(self) -> Found:
         """Digest every member's resident pages, and say what could be shared."""
         for member, known in zip(self.members, self._digests, strict=True):
             known.scan(member.regions(), PageSet.from_mask(member.where == Where.RESIDENT) & member.populated())
+        self._large = [member.large() for member in self.members]
+        # What changed from one scan to the next was touched; who only reads does not show.
+        changed = [by_block(~known.stable & (known.now != NO_DIGEST)) for known in self._digests]
+        self._heat = [before / 2 + now for before, now in zip(self._heat, changed, strict=True)]
         return self._found(self._candidates())
 
     def speed(self) -> float:
@@ -136,12 +155,58 @@ class Domain:
             unstable=scanned - sum(one.stable for one in told),
             equal=sum(pages.size for pages in chosen),
             contents=int(np.unique(np.concatenate(held)).size) if held else 0,
-            zeros=sum(one.zeros for one in told),
+            zeros=sum(
+                len(known.zeros() & PageSet.from_mask(self._allowed(index)))
+                for index, known in enumerate(self._digests)
+            ),
         )
+
+    def _allowed(self, index: int) -> NDArray[np.bool_]:
+        """The pages of a member that may be taken: none out of a large page that is not to be broken."""
+        return (~(self._large[index] - self._breaking[index])).mask()
+
+    def inside(self, every: int = 1) -> Estimate:
+        """What breaking the members' large pages would reclaim, as the last scan found it."""
+        return estimate(self._guests(), self._of_zeros(), every, self._pooled())
+
+    def _guests(self) -> list[Inside]:
+        return [
+            Inside(known.now, known.stable, (large - breaking).mask())
+            for known, large, breaking in zip(self._digests, self._large, self._breaking, strict=True)
+        ]
+
+    def _of_zeros(self) -> np.uint64:
+        return self._digests[0].of_zeros if self._digests else NO_DIGEST
+
+    def reclaim(self, octets: int, least: int) -> int:
+        """Choose large pages to break, for so many bytes; the next round takes from them. How many were chosen."""
+        chosen = to_break(self._guests(), self._of_zeros(), self._pooled(), self._heat, octets, least)
+        for breaking, broken, blocks in zip(self._breaking, self.broken, chosen, strict=True):
+            breaking.add(np.column_stack((blocks * LARGE, np.full(blocks.size, LARGE))))
+            broken.update(blocks.tolist())
+        return sum(blocks.size for blocks in chosen)
+
+    def rebuild(self) -> tuple[int, dict[str, str]]:
+        """Make the large pages that were broken large again; how many were, and failures by member."""
+        rebuilt, failures = 0, dict[str, str]()
+        for index, member in enumerate(self.members):
+            blocks = sorted(self.broken[index])
+            try:
+                rebuilt += member.rebuild(blocks) // LARGE if blocks else 0
+            except OutboardError as error:
+                failures[member.name] = str(error)
+                continue
+            # What would not be rebuilt now is small for good: as any other small page it may be shared.
+            self.broken[index].clear()
+            self._breaking[index] = PageSet(member.pages)
+        return rebuilt, failures
 
     def _candidates(self) -> list[NDArray[np.int64]]:
         """By member, the stable pages whose digest occurs more than once, or in the pool."""
-        pages = [np.flatnonzero(known.stable & (known.now != known.of_zeros)) for known in self._digests]
+        pages = [
+            np.flatnonzero(known.stable & (known.now != known.of_zeros) & self._allowed(index))
+            for index, known in enumerate(self._digests)
+        ]
         held = [known.now[numbers] for known, numbers in zip(self._digests, pages, strict=True)]
         if not held:
             return []
@@ -183,7 +248,7 @@ class Domain:
         return done
 
     def _drop_zeros(self, index: int) -> int:
-        runs = self._digests[index].zeros().runs()
+        runs = (self._digests[index].zeros() & PageSet.from_mask(self._allowed(index))).runs()
         return self.members[index].drop_zeros(runs) if runs.size else 0
 
     def _share(self, index: int, spans: Spans) -> int:

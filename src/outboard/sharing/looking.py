@@ -12,6 +12,7 @@ from outboard.errors import RefusedError
 from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.residency import Where
 from outboard.sharing.domain import Spans
+from outboard.vmm.large_pages import large_mappings
 from outboard.vmm.registry import VmRecord
 
 
@@ -56,6 +57,14 @@ class Looked:
         return self._refuse()
 
     def drop_zeros(self, runs: Runs) -> int:  # noqa: ARG002  # the member's signature
+        """Not here."""
+        return self._refuse()
+
+    def large(self) -> PageSet:
+        """As the member's."""
+        return large_mappings(self._guest)
+
+    def rebuild(self, blocks: list[int]) -> int:  # noqa: ARG002  # the member's signature
         """Not here."""
         return self._refuse()
 
