@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from outboard.linux import cgroup, hugetlb, proc
+from outboard.linux import cgroup, hugetlb, ksm, proc
 from outboard.linux.pagemap import has_pagemap_scan, has_soft_dirty
 from outboard.linux.userfaultfd import DEVICE, Features, available_features
 
@@ -22,6 +22,7 @@ _CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
     "pagemap-scan": (has_pagemap_scan, "the kernel has no PAGEMAP_SCAN (Linux 6.7)"),
     "cgroup-cpu": (lambda: cgroup.cpu_version() is not None, "no cgroup hierarchy with the cpu controller is mounted"),
     "hugetlb-2mib": (lambda: any(p.page_size == 2 << 20 and p.free for p in hugetlb.pools()), "no free 2 MiB pages"),
+    "ksm": (ksm.present, "the kernel has no KSM"),
     "move": (_kernel(Features.MOVE), "the kernel has no UFFDIO_MOVE (Linux 6.8)"),
     "no-swap": (lambda: proc.meminfo()["SwapTotal"] == 0, "swap is configured, and pages would be written there"),
     "poison": (_kernel(Features.POISON), "the kernel has no UFFDIO_POISON (Linux 6.6)"),

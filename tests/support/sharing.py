@@ -28,8 +28,15 @@ class ProcessMember:
         self.guest = guest_of(self.target)
         self.pages = self.guest.pages
         self._store = FileStore(directory / f"{name}-pool", self.pages)
-        self.pager = Pager(self.guest, Residency(self.pages), {Where.POOL: self._store})
+        self._residency = Residency(self.pages)
+        self.pager = Pager(self.guest, self._residency, {Where.POOL: self._store})
         self.overlay: Overlay = self.pager.share_from(pool)
+
+    def take_over(self, pool: int) -> None:
+        """Let go of the guest as it is, and take it again."""
+        self.pager.close()
+        self.pager = Pager(self.guest, self._residency, {Where.POOL: self._store})
+        self.overlay = self.pager.share_from(pool)
 
     @property
     def where(self) -> NDArray[np.uint8]:
@@ -44,9 +51,6 @@ class ProcessMember:
 
     def populated(self) -> PageSet:
         return self.guest.memory.populated()
-
-    def read(self, first: int, into: memoryview) -> None:
-        self.guest.memory.read_into(first, into)
 
     def share(self, spans: NDArray[np.int64]) -> int:
         return len(self.overlay.share(spans))

@@ -150,9 +150,6 @@ class EngineMember:
     def populated(self) -> PageSet:
         return self._guest.memory.populated()
 
-    def read(self, first: int, into: memoryview) -> None:
-        self._guest.memory.read_into(first, into)
-
     def order(self, order: EngineOrder) -> Looked:
         """Tell its engine something."""
         return ask(self.control, order)

@@ -18,13 +18,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import OutboardError
+from outboard.errors import KernelError, OutboardError
+from outboard.pager.batches import read
 from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.residency import Where
 from outboard.sharing.inside import Estimate, Inside, by_block, estimate, to_break
 from outboard.sharing.pool import Pool
-from outboard.sharing.scan import NO_DIGEST, SECRET, Digests, digests
+from outboard.sharing.scan import NO_DIGEST, SECRET, Digests, cut, digests
 
 Spans = NDArray[np.int64]
 """Shape (n, 3): first page, first slot, how many."""
@@ -47,9 +48,6 @@ class Member(Protocol):
 
     def populated(self) -> PageSet:
         """The pages that have memory in the guest's file."""
-
-    def read(self, first: int, into: memoryview) -> None:
-        """Read whole pages from the guest's file."""
 
     def share(self, spans: Spans) -> int:
         """Share pages, those of the first spans first; how many it did."""
@@ -285,13 +283,16 @@ class Domain:
         return found
 
     def _read(self, member: Member, pages: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        read = []
-        for first, count in PageSet.from_numbers(member.pages, pages).runs().tolist():
-            for at in range(first, first + count, _READ):
-                content = np.empty(min(_READ, first + count - at) * PAGE_SIZE, dtype=np.uint8)
-                member.read(at, content.data)
-                read.append(content)
-        return read
+        found = []
+        for at in range(0, pages.size, _READ):
+            part = pages[at : at + _READ]
+            runs, _ = cut(member.regions(), PageSet.from_numbers(member.pages, part).runs())
+            content = np.empty(part.size * PAGE_SIZE, dtype=np.uint8)
+            answer = read(member.regions(), runs, content)
+            if answer < 0:
+                raise KernelError(f"read of the memory of {member.name}", -answer)
+            found.append(content)
+        return found
 
     def _put(self, member: Member, pages: NDArray[np.int64], known: list[bytes]) -> None:
         """Put those contents into the pool that it has not, as they follow one another in this member."""

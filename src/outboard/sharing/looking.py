@@ -45,10 +45,6 @@ class Looked:
         """As the member's."""
         return self._guest.memory.populated()
 
-    def read(self, first: int, into: memoryview) -> None:
-        """As the member's."""
-        self._guest.memory.read_into(first, into)
-
     def _refuse(self) -> int:
         raise RefusedError("sharing", f"{self.name} is only looked at")
 

@@ -106,7 +106,7 @@ class Digests:
         :raise KernelError: they cannot be read.
         """
         began = time.thread_time()
-        runs, rows = _cut(regions, pages.runs())
+        runs, rows = cut(regions, pages.runs())
         fresh = np.zeros_like(self.now)
         answer = _scan(regions, runs, rows, self._secret, self._staging, fresh)
         if answer < 0:
@@ -125,7 +125,7 @@ class Digests:
         return ScanStatistics(self._pages, self._seconds, int(np.count_nonzero(self.stable)), len(self.zeros()))
 
 
-def _cut(regions: NDArray[np.int64], runs: Runs) -> tuple[Runs, NDArray[np.int64]]:
+def cut(regions: NDArray[np.int64], runs: Runs) -> tuple[Runs, NDArray[np.int64]]:
     """Runs cut at the edges of regions and to what is read at once, and the region of each."""
     pieces, rows = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for row, (first, count) in enumerate(regions[:, :2].tolist()):
