@@ -178,8 +178,8 @@ def _tell(told: Told, output: str) -> None:
         return
     click.echo(
         f"{told.domain}: {size_text(told.saved)} saved: {size_text(told.shared)} shared from a pool of "
-        f"{size_text(told.pool)}; {size_text(told.zeros)} of zeros given up;\n{size_text(told.shareable)} more could be "
-        f"freed; scan {told.scans} at {size_text(told.scan_rate)}/s"
+        f"{size_text(told.pool)}; {size_text(told.zeros)} of zeros given up;\n{size_text(told.shareable)} more could "
+        f"be freed; scan {told.scans} at {size_text(told.scan_rate)}/s"
     )
     if told.inside or told.broken:
         click.echo(
