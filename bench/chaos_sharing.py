@@ -1,7 +1,8 @@
 """script/chaos sharing: pages are shared, un-shared, zapped and tidied without a pause, under writers that verify.
 
-Clones of a process write all the time, some more than others; a domain shares whatever holds still for a moment. Pagers
-let go of their guests in between and others take over. What dying at each system call does is tests/faults' to tell.
+Clones of a process write all the time, some more than others; a domain shares what they have in common for as long as
+they do, and stretches of their memory are shared with what they held a moment ago. Pagers let go of their guests in
+between and others take over. What dying at each system call does is tests/faults' to tell.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import click
 import numpy as np
 from rich.console import Console
 
+from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
-from outboard.sharing.domain import Domain
+from outboard.pages.residency import Where
+from outboard.sharing.domain import Domain, spans_of
 from outboard.sharing.pool import Pool
 from outboard.sharing.scan import SECRET
 from tests.support.sharing import ProcessMember
@@ -28,6 +31,8 @@ from .claims import claim, publish
 _RESTS_US = (100, 1000, 5000, 20000)
 """Between two writes of each of a clone's three writers."""
 _MIB = 16
+_STRETCH = 200
+"""Pages."""
 
 
 def play(seconds: float, chance: random.Random, console: Console) -> tuple[dict[str, int], int]:
@@ -52,6 +57,7 @@ def play(seconds: float, chance: random.Random, console: Console) -> tuple[dict[
             done["copied"] += round_.tidied
             for member in members:
                 first = chance.randrange(member.pages)
+                done["shared"] += _share_as_it_is(member, pool, chance)
                 some = PageSet.from_runs(
                     member.pages, np.array([[first, chance.randrange(1, member.pages - first + 1)]])
                 )
@@ -80,6 +86,18 @@ def play(seconds: float, chance: random.Random, console: Console) -> tuple[dict[
             member.close()
         pool.close()
         shutil.rmtree(directory)
+
+
+def _share_as_it_is(member: ProcessMember, pool: Pool, chance: random.Random) -> int:
+    """Put what a stretch of the guest's memory holds now into the pool, and share what has not changed since."""
+    first = chance.randrange(1, member.pages - _STRETCH)
+    pages = np.arange(first, first + _STRETCH, dtype=np.int64)
+    pages = pages[member.where[pages] == Where.RESIDENT]
+    content = np.empty(_STRETCH * PAGE_SIZE, dtype=np.uint8)
+    member.guest.memory.read_into(first, content.data)
+    kept = np.ascontiguousarray(content.reshape(-1, PAGE_SIZE)[pages - first]).reshape(-1)
+    slots = pool.put(kept, [chance.randbytes(16) for _ in range(pages.size)])
+    return member.share(spans_of(pages, slots))
 
 
 @click.command()

@@ -50,7 +50,11 @@ class BuildError(Exception):
     """The image could not be built; the message says which program failed and what it said."""
 
 
-def _run(*command: str | os.PathLike[str]) -> str:
+def run(*command: str | os.PathLike[str]) -> str:
+    """Run a program to its end; what it wrote.
+
+    :raise BuildError: it failed.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(
@@ -60,8 +64,8 @@ def _run(*command: str | os.PathLike[str]) -> str:
     return done.stdout
 
 
-def fetch(debs: Path) -> list[Path]:
-    """Fetch :data:`PACKAGES` and all they depend on, as apt has verified them; returns the packages' files.
+def fetch(debs: Path, packages: Iterable[str] = PACKAGES) -> list[Path]:
+    """Fetch packages and all they depend on, as apt has verified them; returns the packages' files.
 
     :raise BuildError: apt could not.
     """
@@ -77,16 +81,16 @@ def fetch(debs: Path) -> list[Path]:
         "Debug::NoLocking": "true",
     }
     flags = [argument for name, value in options.items() for argument in ("-o", f"{name}={value}")]
-    install = ["apt-get", "-qq", "-y", *flags, "install", *PACKAGES]
-    _run(*install, "--download-only")
+    install = ["apt-get", "-qq", "-y", *flags, "install", *packages]
+    run(*install, "--download-only")
     # Inst NAME (VERSION ORIGIN [ARCHITECTURE])
-    chosen = re.findall(r"^Inst (\S+) \((\S+) .*\[(\S+)\]\)", _run(*install, "--simulate"), re.MULTILINE)
+    chosen = re.findall(r"^Inst (\S+) \((\S+) .*\[(\S+)\]\)", run(*install, "--simulate"), re.MULTILINE)
     return [debs / f"{name}_{version.replace(':', '%3a')}_{architecture}.deb" for name, version, architecture in chosen]
 
 
 def _unpack(packages: Iterable[Path], root: Path) -> None:
     for package in packages:
-        _run("dpkg-deb", "-x", package, root)
+        run("dpkg-deb", "-x", package, root)
 
 
 def _find_library(root: Path, name: str) -> str:
@@ -111,8 +115,8 @@ def _with_libraries(root: Path, programs: Iterable[str]) -> dict[str, cpio.Entry
     return entries
 
 
-def _modules(root: Path) -> list[Path]:
-    """The files of :data:`MODULES` and of what they depend on, in the order in which they can be loaded."""
+def modules(root: Path, names: Iterable[str] = MODULES) -> list[Path]:
+    """The files of modules and of what they depend on, in the order in which they can be loaded."""
     files = {path.stem: path for path in root.glob("lib/modules/*/kernel/**/*.ko")}
     ordered: dict[str, Path] = {}
 
@@ -122,7 +126,7 @@ def _modules(root: Path) -> list[Path]:
                 add(dependency)
             ordered[name] = files[name]
 
-    for name in MODULES:
+    for name in names:
         add(name)
     return list(ordered.values())
 
@@ -135,25 +139,26 @@ def _root_files(root: Path, dirty: Path) -> dict[str, cpio.Entry]:
     entries["bin/dirty"] = cpio.file(dirty.read_bytes(), executable=True)
     entries["etc/passwd"] = cpio.file(b"root:x:0:0:root:/:/bin/sh\n")
     entries["etc/group"] = cpio.file(b"root:x:0:\n")
-    modules = _modules(root)
-    entries |= {f"lib/modules/{path.name}": cpio.file(path.read_bytes()) for path in modules}
-    entries["etc/modules"] = cpio.file("".join(f"/lib/modules/{path.name}\n" for path in modules).encode())
+    loaded = modules(root)
+    entries |= {f"lib/modules/{path.name}": cpio.file(path.read_bytes()) for path in loaded}
+    entries["etc/modules"] = cpio.file("".join(f"/lib/modules/{path.name}\n" for path in loaded).encode())
     return entries | _with_libraries(root, PROGRAMS)
 
 
-def _digest() -> str:
-    digest = hashlib.sha256()
+def digest() -> str:
+    """What is in this folder: what is made of it lies in a directory of that name."""
+    found = hashlib.sha256()
     for path in sorted(HERE.glob("*")):
         if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+            found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _make(output: Path, into: Path) -> None:
     root = into / "root"
     _unpack(fetch(output / "debs"), root)
     dirty = into / "dirty"
-    _run("gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", dirty, HERE / "dirty.c")
+    run("gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", dirty, HERE / "dirty.c")
     (kernel,) = root.glob("boot/vmlinuz-*")
     shutil.copyfile(kernel, into / "vmlinuz")
     archive = cpio.pack(_root_files(root, dirty))
@@ -168,7 +173,7 @@ def build(output: Path) -> Image:
     :raise BuildError: a program that it needs failed.
     """
     output.mkdir(parents=True, exist_ok=True)
-    place = output / _digest()
+    place = output / digest()
     with (output / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.exists():

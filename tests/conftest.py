@@ -38,6 +38,14 @@ def _command_of(pid: int) -> str:
         return ""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes run the tests, one has all of a file, and begins with the files that boot guests."""
+    items.sort(key=lambda item: item.path.parent.name != "vm")
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def no_process_is_left_behind() -> Iterator[None]:
     """End the processes that a test left running, each by its number, and fail the test."""

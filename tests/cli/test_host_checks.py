@@ -11,6 +11,7 @@ from outboard.cli.findings import Finding, Verdict
 from outboard.errors import KernelError
 from outboard.linux import pagemap, ptrace
 from outboard.linux.userfaultfd import Features
+from outboard.stores.images.files import ImageFile
 from tests.support.requirements import require
 
 SHMEM = Features.MISSING_SHMEM | Features.MINOR_SHMEM
@@ -114,6 +115,14 @@ def test_kvm_that_cannot_be_used_is_a_note(monkeypatch: pytest.MonkeyPatch) -> N
     (found,) = host_checks.kvm()
     assert found.verdict is Verdict.NOTE
     assert found.found == "there is no /dev/kvm"
+
+
+def test_leases_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = host_checks.leases()
+    assert found.verdict is Verdict.OK
+    monkeypatch.setattr(ImageFile, "lease", lambda _: False)
+    (found,) = host_checks.leases()
+    assert (found.verdict, found.mend) == (Verdict.NOTE, "sysctl fs.leases-enable=1")
 
 
 def test_the_other_checks_never_refuse_here() -> None:

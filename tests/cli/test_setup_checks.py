@@ -9,7 +9,9 @@ import pytest
 
 from outboard.cli import setup_checks
 from outboard.cli.findings import Finding, Verdict
+from outboard.stores.reservation import Reservation
 from outboard.wire.pki import create_authority, issue_host
+from tests.support.requirements import require
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,25 @@ def identify(places: Path, name: str = "a", days: int = 100) -> Path:
 def found(check: str) -> Finding:
     (one,) = (finding for finding in setup_checks.configuration() if finding.check == check)
     return one
+
+
+def test_a_swap_reservation_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("block-file-system")
+    monkeypatch.setenv("OUTBOARD_CONFIG_DIR", str(tmp_path))
+    file = tmp_path / "agent.toml"
+    file.write_text('name = "a"\nlisten = "127.0.0.1"\n')
+    (finding,) = setup_checks.swap()
+    assert (finding.verdict, finding.found) == (Verdict.NOTE, "nothing is reserved")
+    place = tmp_path / "swap"
+    file.write_text(f'name = "a"\nlisten = "127.0.0.1"\n[swap]\nreservation = "8MiB"\ndirectory = "{place}"\n')
+    (finding,) = setup_checks.swap()
+    assert "to be reserved in" in finding.found
+    Reservation(place, 8 << 20).close()
+    (finding,) = setup_checks.swap()
+    assert (finding.verdict, "8 MiB reserved, blocks move by" in finding.found) == (Verdict.OK, True)
+    file.write_text(file.read_text().replace("8MiB", "9MiB"))
+    (finding,) = setup_checks.swap()
+    assert (finding.verdict, "9 MiB are not reserved" in finding.found) == (Verdict.REFUSED, True)
 
 
 def test_fresh_host_has_notes_only() -> None:

@@ -61,12 +61,13 @@ def test_no_bytes_get_past_the_limits(pieces: list[bytes]) -> None:
 GOOD = b"".join(
     bytes(piece)
     for piece in packed_frame(
-        [(3, 2), (9, 2)],
-        np.array([Form.KEPT, Form.SAME, Form.CHANGED, Form.FULL], dtype=np.uint8),
+        [(3, 2), (9, 3)],
+        np.array([Form.KEPT, Form.SAME, Form.CHANGED, Form.FULL, Form.BLOCK], dtype=np.uint8),
         np.array([7, 7], dtype=np.uint16),
         LZ4.codec,
         LZ4.pack(bytes(range(256)) * 32),
         LZ4.pack(b"\1" * 4096),
+        bytes(range(16)),
     )
 )
 

@@ -24,14 +24,14 @@ def test_what_is_built_is_found_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(made) == 1
     assert first.kernel.exists()
     assert first.initrd.exists()
-    monkeypatch.setattr(builder, "_digest", lambda: "another")
+    monkeypatch.setattr(builder, "digest", lambda: "another")
     assert build(tmp_path).kernel == tmp_path / "another" / "vmlinuz"
 
 
 def test_a_build_that_fails_leaves_nothing_to_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_output: Path, into: Path) -> None:
         (into / "vmlinuz").touch()
-        builder._run("false")
+        builder.run("false")
 
     monkeypatch.setattr(builder, "_make", fail)
     with pytest.raises(BuildError, match="false exited with 1"):

@@ -8,17 +8,20 @@ from enum import IntFlag
 
 from outboard.linux import (
     fallocate,
+    fiemap,
     memfd,
     pagemap,
     pidfd,
     prctl,
     process_madvise,
     ptrace,
+    reflink,
     statfs,
     tcp,
     tun,
     userfaultfd,
 )
+from outboard.linux.fiemap import ExtentFlag
 from outboard.linux.libc import Request
 from outboard.linux.pagemap import Category
 from outboard.linux.process_madvise import Advice
@@ -52,7 +55,21 @@ FIELDS = {
     "arg.fork.ufd": "flags",
 }
 
-MODULES = (fallocate, memfd, pagemap, pidfd, prctl, process_madvise, ptrace, statfs, tcp, tun, userfaultfd)
+MODULES = (
+    fallocate,
+    fiemap,
+    memfd,
+    pagemap,
+    pidfd,
+    prctl,
+    process_madvise,
+    ptrace,
+    reflink,
+    statfs,
+    tcp,
+    tun,
+    userfaultfd,
+)
 
 PREFIXES: dict[str, type[IntFlag] | type[EventKind] | type[Advice]] = {
     "UFFD_FEATURE_": Features,
@@ -61,6 +78,7 @@ PREFIXES: dict[str, type[IntFlag] | type[EventKind] | type[Advice]] = {
     "UFFDIO_REGISTER_MODE_": Mode,
     "PAGE_IS_": Category,
     "MADV_": Advice,
+    "FIEMAP_EXTENT_": ExtentFlag,
 }
 
 OTHER_NAMES = {

@@ -11,7 +11,8 @@ import pytest
 
 from outboard.migrate import ranking
 from outboard.migrate.hinting import Classed, Told, ask, decode_hint
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
+from outboard.migrate.turns import NEVER
 from outboard.migrate.worker import Worker
 from outboard.pages.pageset import PageSet
 from outboard.vmm.guest import QemuGuest

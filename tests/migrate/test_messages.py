@@ -26,9 +26,10 @@ from outboard.migrate import messages
         messages.Loaded(),
         messages.Commit(),
         messages.Resumed(),
-        messages.Arrived(1, 2, 3, 4, 99.5, None, 7, 8),
+        messages.Arrived(1, 2, 3, 4, 99.5, None, 7),
+        messages.Rebuilt(large_mappings=8),
         messages.Large(early=True),
-        messages.Arrived(1, 2, 3, 4, 99.5, None, 7, 8, 2, 1, [5, 6]),
+        messages.Arrived(1, 2, 3, 4, 99.5, None, 7, 2, 1, [5, 6]),
     ],
 )
 def test_round_trip(message: messages.Message) -> None:
@@ -57,7 +58,7 @@ def test_near_misses_are_refused(payload: bytes) -> None:
 
 
 def test_a_peer_names_no_more_pages_than_are_kept() -> None:
-    said = messages.encode(messages.Arrived(1, 2, 3, 4, None, None, 7, 8, 0, 33, list(range(33))))
+    said = messages.encode(messages.Arrived(1, 2, 3, 4, None, None, 7, 0, 33, list(range(33))))
     with pytest.raises(PeerError, match="none of ours"):
         messages.decode(said)
 

@@ -154,3 +154,12 @@ def test_the_recommendation_follows_the_goal_and_the_figures() -> None:
         assert "shortest" in why
     endless = [msgspec.structs.replace(one, ends=None) for one in quiet]
     assert recommend(endless, None) == (None, "no method can be said to end")
+
+
+def test_what_both_hosts_may_have_on_disk_widens_what_is_thought_possible() -> None:
+    seen = msgspec.structs.replace(watched(10), on_disk=Range(9000, 10000))
+    plain, options = of(Method.POST_COPY, watched(10)), Options()
+    found = of(Method.POST_COPY, seen, options)
+    assert found.bytes.low < plain.bytes.low
+    assert found.bytes.high == plain.bytes.high
+    assert of(Method.POST_COPY, seen, msgspec.structs.replace(options, blocks="off")) == plain

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from outboard.migrate import ranking
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
+from outboard.migrate.turns import NEVER
 from outboard.pages.pageset import PageSet
 from outboard.vmm.enlighten import PageClass
 

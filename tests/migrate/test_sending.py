@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from outboard.migrate.outbox import NEVER, Outbox, Share
+from outboard.migrate.outbox import Outbox, Share
 from outboard.migrate.sending import Answerer, BulkSender, Send, decode_done, encode_order
+from outboard.migrate.turns import NEVER
 from outboard.migrate.worker import Worker
 from outboard.pages.pageset import PageSet
 from outboard.vmm.guest import Guest

@@ -12,9 +12,10 @@ from outboard.migrate.devices import Devices
 from outboard.migrate.findings import Findings
 from outboard.migrate.line import Line
 from outboard.migrate.method import Options
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
 from outboard.migrate.ranking import UNCLASSED
 from outboard.migrate.stale import Stale
+from outboard.migrate.turns import NEVER
 from outboard.pages import LARGE
 from outboard.pages.pageset import PageSet
 from outboard.trace.writes import WriteTrace

@@ -95,6 +95,22 @@ def test_what_was_wanted_is_known_to_a_successor(memory: ArrivingMemory, tmp_pat
     assert large_mappings(memory.guest) == blocks(memory, 1, 1)
 
 
+def test_once_the_memory_is_its_own_again_blocks_with_holes_and_empty_ones_become_large(
+    memory: ArrivingMemory, target: Target, tmp_path: Path
+) -> None:
+    rebuilding = Rebuilding(memory, tmp_path)
+    rebuilding.want(blocks(memory, 0, 3))
+    assert rebuilding.wanted
+    place(memory, 0, LARGE, 7)
+    place(memory, LARGE + 1, 100, 8)
+    memory.note_zero_set(PageSet.full(memory.guest.pages))
+    memory.run()
+    memory.release()
+    assert rebuilding.count() == 3
+    assert [target.ask(f"r {page}") for page in (LARGE, 2 * LARGE, 2 * LARGE + 9)] == ["0", "0", "0"]
+    assert target.ask(f"r {LARGE + 100}") == str(int.from_bytes(bytes([8]) * 8, "little"))
+
+
 def test_a_large_page_of_zeros_gets_its_memory_again(tmp_path: Path) -> None:
     require("pagemap-scan")
     with huge_pages(4), Target("hugetlb", mebibytes=8) as target, guest_of(target) as guest:

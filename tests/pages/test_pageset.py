@@ -26,6 +26,15 @@ def test_runs_are_maximal_and_spell_the_set(numbers: set[int]) -> None:
     assert (runs[1:, 0] > runs[:-1, 0] + runs[:-1, 1]).all()
 
 
+@given(page_sets)
+def test_a_set_that_lacks_but_a_few_pages_is_told_apart_from_a_full_one(missing: set[int]) -> None:
+    pages = ~made(missing)
+    there = [page for page in range(PAGES) if page not in missing]
+    assert spelled(pages.runs()) == there
+    assert pages.numbers().tolist() == there
+    assert len(pages) == len(there)
+
+
 @given(page_sets, page_sets)
 def test_the_algebra_is_that_of_sets(left: set[int], right: set[int]) -> None:
     assert made(left) | made(right) == made(left | right)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from guest.build import COMMAND_LINE, Image
+from guest.disk import DiskImage
 from outboard.errors import KernelError, UnreachableError
 from outboard.linux import pidfd, proc
 from outboard.vmm.guest_agent import GuestAgent
@@ -182,19 +183,20 @@ class Cluster:
 class Vm:
     """A test guest in a cluster, writing to its memory and able to prove it.
 
-    :param more: lines of its description; :param tables: more tables.
+    :param more: lines of its description; :param tables: more tables. :param append: for its kernel.
     """
 
     def __init__(
         self,
         cluster: Cluster,
-        image: Image,
+        image: Image | DiskImage,
         name: str,
         mebibytes: int = 256,
         guest_agent: bool = True,
         page_size: str = "4KiB",
         more: str = "",
         tables: str = "",
+        append: str = COMMAND_LINE,
     ) -> None:
         self.cluster = cluster
         self.name = name
@@ -203,7 +205,7 @@ class Vm:
             f'name = "{name}"\nmemory = "{mebibytes}MiB"\nvcpus = 1\naccel = "tcg"\n'
             f'guest_agent = {str(guest_agent).lower()}\npage_size = "{page_size}"\n{more}\n\n'
             f"[boot]\n"
-            f'kernel = "{image.kernel}"\ninitrd = "{image.initrd}"\nappend = "{COMMAND_LINE}"\n{tables}'
+            f'kernel = "{image.kernel}"\ninitrd = "{image.initrd}"\nappend = "{append}"\n{tables}'
         )
         done = cluster.a.outboard("run", str(spec))
         assert done.returncode == 0, done.stderr
@@ -223,6 +225,15 @@ class Vm:
             # Once in some hundred boots an order to a guest agent that has just started is lost.
             status, said = self._run(path, line)
         assert status == 0
+        return said.decode().strip()
+
+    def run(self, host: str, script: str) -> str:
+        """Run a shell's script in the guest; what it wrote."""
+        path = self.record(host).agent_socket
+        assert path is not None
+        with GuestAgent(path, timeout=200) as agent:
+            status, said = agent.run("/bin/sh", "-c", script)
+        assert status == 0, said
         return said.decode().strip()
 
     @staticmethod

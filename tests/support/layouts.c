@@ -2,6 +2,7 @@
 // NUMBER". What the headers are too old for is left out: a macro by #ifdef, a struct by a macro that came with it.
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <linux/fiemap.h>
 #include <linux/fs.h>
 #include <linux/if.h>
 #include <linux/if_tun.h>
@@ -117,6 +118,14 @@ int main(void) {
     VALUE(PR_SET_PDEATHSIG); VALUE(PR_SET_NAME);
     SIZE(statfs); OFFSET(statfs, f_type); OFFSET(statfs, f_bsize);
     VALUE(TMPFS_MAGIC); VALUE(HUGETLBFS_MAGIC);
+    VALUE(EXT4_SUPER_MAGIC); VALUE(XFS_SUPER_MAGIC); VALUE(BTRFS_SUPER_MAGIC);
+    SIZE(fiemap); OFFSET(fiemap, fm_flags); OFFSET(fiemap, fm_mapped_extents); OFFSET(fiemap, fm_extent_count);
+    SIZE(fiemap_extent); OFFSET(fiemap_extent, fe_logical); OFFSET(fiemap_extent, fe_length);
+    OFFSET(fiemap_extent, fe_flags); VALUE(FS_IOC_FIEMAP);
+    VALUE(FIEMAP_EXTENT_LAST); VALUE(FIEMAP_EXTENT_UNKNOWN); VALUE(FIEMAP_EXTENT_DELALLOC);
+    VALUE(FIEMAP_EXTENT_UNWRITTEN); VALUE(FIEMAP_EXTENT_SHARED);
+    SIZE(file_clone_range); OFFSET(file_clone_range, src_offset); OFFSET(file_clone_range, dest_offset);
+    VALUE(FICLONERANGE);
     VALUE(MFD_HUGETLB); VALUE(MFD_HUGE_2MB); VALUE(MFD_HUGE_1GB);
     return 0;
 }

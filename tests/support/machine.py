@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import select
@@ -16,7 +17,9 @@ from types import TracebackType
 
 import pytest
 
+from guest import disk
 from guest.build import COMMAND_LINE, Image, build
+from guest.disk import DiskImage
 from tests.support.requirements import require
 
 ROOT = Path(__file__).parents[2]
@@ -24,18 +27,27 @@ BOOT_S = 120
 
 
 @contextlib.contextmanager
+def the_machine_is_ours() -> Iterator[None]:
+    """Of the tests that change a setting of the whole machine one runs at a time, in whichever process."""
+    with Path("/run/lock/outboard-tests").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def huge_pages(count: int) -> Iterator[None]:
     """``count`` more of 2 MiB than there were; skips the test where they cannot be had."""
     require("root")
     pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    before = int(pool.read_text())
-    pool.write_text(str(before + count))
-    try:
-        if int(pool.read_text()) < before + count:
-            pytest.skip(f"the kernel finds no memory for {count} large pages")
-        yield
-    finally:
-        pool.write_text(str(before))
+    with the_machine_is_ours():
+        before = int(pool.read_text())
+        pool.write_text(str(before + count))
+        try:
+            if int(pool.read_text()) < before + count:
+                pytest.skip(f"the kernel finds no memory for {count} large pages")
+            yield
+        finally:
+            pool.write_text(str(before))
 
 
 @contextlib.contextmanager
@@ -43,17 +55,23 @@ def transparent_huge_pages() -> Iterator[None]:
     """Large pages for shared memory that asks for them."""
     require("root")
     setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-    before = setting.read_text().split("[")[1].split("]")[0]
-    setting.write_text("advise")
-    try:
-        yield
-    finally:
-        setting.write_text(before)
+    with the_machine_is_ours():
+        before = setting.read_text().split("[")[1].split("]")[0]
+        setting.write_text("advise")
+        try:
+            yield
+        finally:
+            setting.write_text(before)
 
 
 def image() -> Image:
     """The test guest's kernel and initial RAM disk, built once."""
     return build(ROOT / ".build" / "guest")
+
+
+def disk_image() -> DiskImage:
+    """The test guest on a disk, built once."""
+    return disk.build(ROOT / ".build" / "guest")
 
 
 class Machine:

@@ -112,6 +112,35 @@ def test_a_look_at_a_part_tells_of_neighbours_and_leaves_the_rest() -> None:
         guest.memory.close()
 
 
+def test_of_memory_that_nobody_has_used_only_use_is_looked_for_and_none_is_missed() -> None:
+    require("wp-async", "pagemap-scan")
+    with Target(mebibytes=256) as target:
+        guest = guest_of(target)
+        guest.memory.punch(2, target.pages - 2)
+        with PagemapTrace(guest) as trace:
+            assert protected(target, 1)
+            assert protected(target, 2)
+            assert not protected(target, 40_000)
+            target.ask("w 2 1")
+            target.ask("w 40000 1")
+            assert numbers(trace.peek()) == [2, 40_000]
+            assert numbers(trace.collect()) == [2, 40_000]
+            assert protected(target, 40_000)
+            assert protected(target, 40_001)
+            assert numbers(trace.collect()) == []
+            for page in (40_000, 40_001, 60_000):
+                target.ask(f"w {page} 2")
+            assert numbers(trace.collect(PageSet.full(guest.pages))) == [40_000, 40_001, 60_000]
+            assert not trace.peek()
+        guest.memory.close()
+
+
+def protected(target: Target, page: int) -> bool:
+    with pagemap.Pagemap(target.pid) as tables:
+        entry = tables.entries(target.start + page * 4096, 1)[0]
+    return bool(entry & np.uint64(pagemap.WRITE_PROTECTED_ENTRY))
+
+
 @pytest.mark.parametrize(("backend", "needs"), BACKENDS)
 def test_a_peek_takes_nothing_away(backend: Callable[[Guest], WriteTrace], needs: tuple[str, ...]) -> None:
     require(*needs)

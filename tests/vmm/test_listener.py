@@ -22,6 +22,7 @@ from outboard.vmm.firecracker import Firecracker
 from outboard.vmm.guest import AnonymousMemory, Guest
 from outboard.vmm.handoff import MAX_BODY
 from outboard.vmm.listener import Listener, ListenerStatistics
+from tests.support.machine import huge_pages
 from tests.support.requirements import require
 from tests.support.vmm_client import SHMEM, VmmClient, framed
 
@@ -214,20 +215,10 @@ def test_private_memory_of_cloud_hypervisor(path: Path, listener: Listener) -> N
             assert first_word(attachment.guest, 7) == 1007
 
 
-@pytest.fixture
-def huge_pages() -> Iterator[None]:
-    """Eight more of 2 MiB than there were."""
-    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    before = pool.read_text()
-    pool.write_text(str(int(before) + 8))
-    yield
-    pool.write_text(before)
-
-
-@pytest.mark.usefixtures("huge_pages")
 @pytest.mark.parametrize("kind", ["hugememfd", "huge"])
 def test_large_pages(path: Path, kind: str) -> None:
     with (
+        huge_pages(8),
         VmmClient(kind, 8) as client,
         Listener(path, CloudHypervisor if kind == "hugememfd" else Firecracker) as listener,
     ):

@@ -18,6 +18,7 @@ from outboard.wire.packed import SLOTS, Form, decode_packed, packed_frame
 LIMIT = 1000
 NO_SLOTS = np.empty(0, dtype=np.uint16)
 NO_PAGES = np.empty((0, 4096), dtype=np.uint8)
+NO_BLOCKS = np.empty((0, 2), dtype=np.uint64)
 
 
 def content_of(count: int, seed: int) -> NDArray[np.uint8]:
@@ -31,6 +32,7 @@ def payload_of(
     content: NDArray[np.uint8] = NO_PAGES,
     changes: NDArray[np.uint8] = NO_PAGES,
     coder: Coder = LZ4,
+    blocks: NDArray[np.uint64] = NO_BLOCKS,
 ) -> memoryview:
     coder = coder if content.size else NONE
     pieces = packed_frame(
@@ -40,6 +42,7 @@ def payload_of(
         coder.codec,
         coder.pack(content.reshape(-1).data),
         LZ4.pack(changes.reshape(-1).data) if changes.size else b"",
+        blocks.astype("<u8").tobytes(),
     )
     raw = memoryview(b"".join(pieces))
     kind, length = read_header(raw[:HEADER_SIZE])
@@ -55,12 +58,15 @@ def test_a_frame_is_read_as_it_was_made(forms: list[Form], coder: Coder, seed: i
     slots = np.arange(sum(form in (Form.KEPT, Form.SAME) for form in forms), dtype=np.uint16)
     content = content_of(sum(form in (Form.FULL, Form.KEPT) for form in forms), seed)
     changes = content_of(sum(form is Form.CHANGED for form in forms), seed + 1)
-    read = decode_packed(payload_of(runs, [int(form) for form in forms], slots, content, changes, coder), LIMIT)
+    blocks = np.random.default_rng(seed).integers(0, 1 << 64, (forms.count(Form.BLOCK), 2), dtype=np.uint64)
+    payload = payload_of(runs, [int(form) for form in forms], slots, content, changes, coder, blocks)
+    read = decode_packed(payload, LIMIT)
     assert read.runs == runs
     assert read.forms.tolist() == forms
     assert np.array_equal(read.slots, slots)
     assert np.array_equal(read.content, content)
     assert np.array_equal(read.changes, changes)
+    assert np.array_equal(read.blocks, blocks)
 
 
 def changed(payload: memoryview, at: int, value: int, size: str = "<I") -> memoryview:
@@ -86,7 +92,7 @@ GOOD = payload_of(
         (changed(GOOD, 12, 3), "cannot be unpacked"),
         (changed(GOOD, 4, 4), "add up"),
         (changed(GOOD, 16, LIMIT), "beyond the guest"),
-        (changed(GOOD, 32, 5, "<B"), "form 5"),
+        (changed(GOOD, 32, 6, "<B"), "form 6"),
         (changed(GOOD, 32, Form.ZERO, "<B"), "bytes of LZ4"),
         (changed(GOOD, 34, Form.ZERO, "<B"), "behind its content"),
         (changed(GOOD, 35, SLOTS, "<H"), f"slot {SLOTS}"),

@@ -13,6 +13,15 @@
 
     [sharing]                         # domains: VMs that may share pages with one another; else none does
     blue = ["web-1", "web-2"]
+    [swap]                            # without it each VM's swap file grows as it can
+    reservation = "8GiB"              # allocated on the disk at once
+    directory = "/var/lib/outboard/swap"
+    pressure = true                   # reclaim memory when tasks of this host wait for it (false)
+
+    [pools.prod]                      # parts of the reservation; VMs name theirs
+    reservation = "4GiB"
+    limit = "6GiB"
+    shares = 2000                     # 1000
 
 The host's identity (key, certificate, the cluster's CA) is /etc/outboard/pki, written by ``outboard pki init``. Three
 variables move things: OUTBOARD_CONFIG_DIR (/etc/outboard), OUTBOARD_RUNTIME_DIR (/run/outboard), OUTBOARD_STATE_DIR
@@ -28,7 +37,8 @@ import msgspec
 
 from outboard.errors import NotFoundError, SpecError
 from outboard.migrate.desk import Destination
-from outboard.vmm.spec import read_toml
+from outboard.reclaim.pools import Pool, Pools
+from outboard.vmm.spec import MIB, parse_size, read_toml
 
 PORT = 7849
 
@@ -53,6 +63,36 @@ def socket_path() -> Path:
     return runtime_dir() / "agent.sock"
 
 
+class Swap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The table of the reservation, and of when to reclaim by oneself.
+
+    ``stall_ms``: how long tasks wait for memory, of every two seconds, before any is reclaimed.
+    """
+
+    reservation: str
+    directory: str | None = None
+    pressure: bool = False
+    stall_ms: int = 100
+
+    def __post_init__(self) -> None:
+        if parse_size(self.reservation) % MIB:
+            raise ValueError(f"reservation = {self.reservation!r}: must be whole MiB")
+        if self.directory is not None and not self.directory.startswith("/"):
+            raise ValueError(f"directory = {self.directory!r}: must be an absolute path")
+        if not 0 < self.stall_ms < 2000:
+            raise ValueError(f"stall_ms = {self.stall_ms}: must be 1 to 1999")
+
+    @property
+    def reservation_bytes(self) -> int:
+        """Its size."""
+        return parse_size(self.reservation)
+
+    @property
+    def place(self) -> Path:
+        """Where it is."""
+        return state_dir() / "swap" if self.directory is None else Path(self.directory)
+
+
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file's schema."""
 
@@ -62,6 +102,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     migration_ports: tuple[int, int] = (49152, 49215)
     hosts: dict[str, str] = {}
     sharing: dict[str, list[str]] = {}
+    swap: Swap | None = None
+    pools: dict[str, Pool] = {}
 
     def find(self, host: str) -> Destination:
         """Where another host's agent listens.
@@ -106,4 +148,8 @@ def read_config(path: Path) -> AgentConfig:
     low, high = config.migration_ports
     if not 0 < low <= high < 65536:
         raise SpecError(f"{path}: migration_ports = [{low}, {high}] is no range of ports")
+    if config.swap is not None:
+        Pools(config.swap.reservation_bytes, config.pools)
+    elif config.pools:
+        raise SpecError(f"{path}: there are pools, but nothing is reserved for them; add [swap] with a reservation")
     return config

@@ -33,6 +33,8 @@ from outboard.agent.engine import (
 )
 from outboard.agent.engines import Engines
 from outboard.agent.history import History
+from outboard.agent.pressure import Pressure
+from outboard.agent.promises import pools_of
 from outboard.agent.sharing_domains import SharingDomains
 from outboard.agent.supervisor import Supervisor
 from outboard.agent.verdicts import Verdicts
@@ -92,7 +94,7 @@ class Agent:
         self._identity = identity
         self._registry = registry
         self._engines = Engines(registry, identity)
-        self._supervisor = Supervisor(self._engines.start, registry, state_dir() / "swap")
+        self._supervisor = Supervisor(self._engines.start, registry, state_dir() / "swap", config)
         self._sharing = SharingDomains(self._engines.start, self._supervisor.ensure, registry, config.sharing)
         self._engaging: list[str] = []
         self._departures = Departures(
@@ -112,6 +114,17 @@ class Agent:
                 threading.Thread(target=self._departures.adopt, args=(record, loop), daemon=True).start()
             if (record.directory / ARRIVING).exists():
                 threading.Thread(target=self._arrivals.adopt, args=(record,), daemon=True).start()
+
+    def _reserve(self) -> None:
+        try:
+            self._supervisor.reserve()
+            swap, pools = self._config.swap, pools_of(self._config)
+            if swap is not None and pools is not None and swap.pressure:
+                moving = self._departures.is_migrating
+                Pressure(pools, self._registry, self._supervisor.ensure, moving).start(swap.stall_ms)
+        except OutboardError as error:
+            # VMs run without it; none is managed, but those that are already.
+            log.error("no swap is reserved", why=str(error))
 
     async def _plan(self, request: Request) -> Response:
         wanted = await _wanted(request)
@@ -215,6 +228,7 @@ class Agent:
         # Whoever asks for a migration waits for us.
         sched.favour_this_process()
         self._engines.warm()
+        self._reserve()
         self._supervisor.adopt()
         self._sharing.adopt()
         for record in self._registry.list():

@@ -26,7 +26,9 @@ from outboard.agent.domains import Sharing
 from outboard.agent.history import History
 from outboard.agent.manager import Manager
 from outboard.agent.planning import Planning
+from outboard.agent.promises import admitted
 from outboard.agent.succession import keep_task, left_task, only_one
+from outboard.agent.swapping import Swapping
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import NeedsRecoveryError, OutboardError, UnreachableError
 from outboard.linux import pidfd, prctl, sched
@@ -44,6 +46,7 @@ from outboard.migrate.summary import summarise
 from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.arriving_large import arriving_kind
 from outboard.pager.rebuilding import Rebuilding
+from outboard.stores.images.images import Images
 from outboard.vmm.attach import attach
 from outboard.vmm.device_state import Arrival, runs
 from outboard.vmm.guest import Guest
@@ -58,6 +61,8 @@ from outboard.wire.token import TokenBook
 
 REOPENED = "reopened.json"
 """In the directory of a VM that has come and whose streams broke off: a Prepared, for the source to call again."""
+INDEXES = "blocks"
+"""In the state directory: what the disk images of VMs hold."""
 ARRIVING, DEPARTING = "arriving", "departing"
 """Directories in that of a VM on its way: what a successor of the engine must know."""
 PAUSED = "paused"
@@ -97,7 +102,7 @@ class Manage(msgspec.Struct, frozen=True, tag="manage"):
     """Manage the memory of a VM of this host; ``successor``: take it over from the engine that does."""
 
     vm: str
-    swap: str
+    swap: Swapping
     successor: bool
 
 
@@ -184,7 +189,8 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
                 _receive(work, desk, Registry(Path(runtime)), Path(identity))
             case Planning():
                 random = np.random.default_rng()
-                desk.report(planning.make(work, Registry(Path(runtime)).get(work.vm), Path(identity), random))
+                record = Registry(Path(runtime)).get(work.vm)
+                desk.report(planning.make(work, record, Path(identity), state_dir() / INDEXES, random))
             case Sharing():
                 domains.run(work, Registry(Path(runtime)), lambda: _ready(desk))
             case Manage():
@@ -224,11 +230,14 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
             spec=record.spec_text(),
             directory=journal,
             identity=identity,
+            indexes=state_dir() / INDEXES,
             desk=desk,
             began=work.began,
             throttle_gain=work.throttle_gain,
             running=not (journal / PAUSED).exists(),
             before_commit=lambda: keep_task(journal, work),
+            # While the lock is held: an agent that waits for it would take what is left for work to be done.
+            free=lambda: registry.remove(work.vm),
         )
         error: OutboardError | None = None
         try:
@@ -238,10 +247,8 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
                 outgoing.run()
         except OutboardError as failure:
             error = failure
-        # While the lock is held: an agent that waits for it would take what is left for work to be done.
-        if outgoing.machine.state is State.COMPLETED:
-            registry.remove(work.vm)
-        elif outgoing.machine.state is not State.PAUSED:
+        # With the lock held, as above.
+        if outgoing.machine.state not in (State.COMPLETED, State.PAUSED):
             shutil.rmtree(journal, ignore_errors=True)
     return summarise(outgoing, source=work.source, attach_ms=attach_ms, error=error)
 
@@ -249,7 +256,15 @@ def _depart(work: Depart, desk: PipeDesk, registry: Registry, identity: Path) ->
 def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
     """Manage the VM's memory for as long as it runs; the agent is told once, and not needed afterwards."""
     record = registry.get(work.vm)
-    manager = Manager(record.memory_directory, record.attach, Path(work.swap), successor=work.successor)
+    disks = parse_spec(record.spec_text(), f"the spec of {work.vm}").disks
+    manager = Manager(
+        record.memory_directory,
+        record.attach,
+        work.swap,
+        disks,
+        state_dir() / INDEXES,
+        successor=work.successor,
+    )
     _ready(desk)
     manager.serve()
 
@@ -320,6 +335,7 @@ def _incoming(
     memory: ArrivingMemory,
     arrival: Arrival | None,
     identity: Path,
+    images: Images | None = None,
 ) -> Incoming:
     verdicts = Verdicts(Path(work.verdicts))
     return Incoming(
@@ -331,6 +347,7 @@ def _incoming(
         running=work.prepare.running,
         commit=lambda: verdicts.commit(work.prepare.migration),
         note_arrived=lambda message: verdicts.note_arrived(work.prepare.migration, message),
+        images=images,
         reopen=lambda: _reopen(work, record.directory, identity),
     )
 
@@ -362,7 +379,9 @@ def _reopen(work: Receive, directory: Path, identity: Path) -> dict[str, Channel
 def _bring_up(work: Receive, registry: Registry, until_end: contextlib.ExitStack, identity: Path) -> Incoming:
     """Start the QEMU and clamp on to it; ``until_end`` lets go of it, and ends it unless the VM has become ours."""
     prepare = work.prepare
-    record = launch(parse_spec(prepare.spec, f"the spec of {prepare.vm}"), registry, incoming=True)
+    spec = parse_spec(prepare.spec, f"the spec of {prepare.vm}")
+    with admitted(spec, registry):
+        record = launch(spec, registry, incoming=True)
     incoming: Incoming | None = None
 
     def end() -> None:
@@ -406,4 +425,5 @@ def _clamp_on(work: Receive, record: VmRecord, until_end: contextlib.ExitStack, 
     memory = arriving_kind(guest)(guest, journal)
     arrival = Arrival(guest, record.directory)
     until_end.callback(arrival.close)
-    return _incoming(work, record, guest, memory, arrival, identity)
+    images = until_end.enter_context(Images(parse_spec(prepare.spec, f"the spec of {prepare.vm}").disks))
+    return _incoming(work, record, guest, memory, arrival, identity, images)

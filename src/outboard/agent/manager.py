@@ -8,6 +8,9 @@ layout.json   the guest as it was attached: a guest that waits for a page answer
 where         the journal of :class:`~outboard.pages.residency.Residency`, with ``locator``
 pool          pages that went to memory; ``pool.slots``
 sharing       the name of the domain that it shares pages in, while it does
+images.json   which disk image each number means, for pages that a disk holds; ``digests`` of these
+swap.json     where swapped pages go; of a reserved swap file ``swap.slots``, ``swap.digests``, ``swap.units``
+reclaim.json  what reclaim aims at
 control.sock  where it takes orders: JSON, each with a length before it
 ============  ===========================================================================
 
@@ -24,7 +27,7 @@ import select
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -40,31 +43,40 @@ from outboard.agent.orders import (
     Failed,
     Fetch,
     HandOver,
+    Learn,
     Looked,
     Order,
     ReadRound,
     Rebuild,
+    Reclaim,
+    Recover,
     Release,
     Share,
     Tidy,
     Unshare,
     ask,
 )
+from outboard.agent.reclaiming import Reclaimer
 from outboard.agent.sharer import Sharer
-from outboard.errors import KernelError, OutboardError, RefusedError
+from outboard.agent.swapping import PlainSwap, Swapping
+from outboard.errors import DamagedPageError, KernelError, OutboardError, RefusedError
 from outboard.linux import pidfd
+from outboard.pager.on_disk import OnDisk
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
 from outboard.pages.heat import Heat
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
-from outboard.stores.file import FileStore, remove
+from outboard.stores import disk
+from outboard.stores.file import FileStore
+from outboard.stores.images.layers import DiskSpec
 from outboard.trace.idle import IdleTrace
 from outboard.vmm.guest import Guest
 from outboard.vmm.layout import Layout
 
 CONTROL = "control.sock"
 LAYOUT = "layout.json"
+_SWAPPING = "swap.json"
 _HAND_OVER_S = 10.0
 _HALF_LIFE_S = 300.0
 """Of what earlier orders have seen the guest touch."""
@@ -88,7 +100,8 @@ class Manager:
     """Keeps the guest whose directory is ``directory``.
 
     :param attach: attaches to the guest, the first time.
-    :param swap: the swap file.
+    :param swap: where swapped pages go; of a guest that is managed already, where they have gone so far.
+    :param disks: of the guest, and :param indexes: the directory of what they hold, if pages may be left to them.
     :param successor: ask an engine that has the guest to hand it over.
     :raise RefusedError: ``managed``: another engine has it; else as :class:`~outboard.pager.pager.Pager`.
     :raise NotFoundError, UnreachableError, KernelError: the guest cannot be attached to.
@@ -96,39 +109,53 @@ class Manager:
     Synchronization: one thread; faults are served by another.
     """
 
-    def __init__(self, directory: Path, attach: Callable[[], Guest], swap: Path, *, successor: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        attach: Callable[[], Guest],
+        swap: Path | Swapping,
+        disks: Sequence[DiskSpec] = (),
+        indexes: Path | None = None,
+        *,
+        successor: bool = False,
+    ) -> None:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._directory = directory
         with contextlib.ExitStack() as undo:
             self._lock = _lock(directory, successor=successor)
             undo.callback(os.close, self._lock)
-            self._swap = swap
+            self._swap: Swapping = PlainSwap(os.fspath(swap)) if isinstance(swap, Path) else swap
             layout = Layout.load(directory / LAYOUT)
-            if layout is None:
+            if layout is not None:
+                self._swap = msgspec.json.decode((directory / _SWAPPING).read_bytes(), type=Swapping)
+            else:
                 # Whatever lies here is another guest's, or of the time before a power cut: nobody can want it.
                 _empty(directory)
-                remove(swap)
+                self._swap.remove()
                 undo.callback(self._forget)
+                (directory / _SWAPPING).write_bytes(msgspec.json.encode(self._swap))
                 with attach() as attached:
                     layout = Layout.keep(attached, directory / LAYOUT)
             self._guest = layout.guest()
             undo.callback(self._guest.close)
-            swap.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._listener = listen(directory / CONTROL)
             undo.callback(self._listener.close)
             pages = self._guest.pages
             self._stores = {
                 Where.POOL: FileStore(directory / "pool", pages),
-                Where.FILE: FileStore(swap, pages),
+                Where.FILE: self._swap.open(pages, directory),
             }
             self._heat = Heat(pages, _HALF_LIFE_S, time.monotonic())
             self._process = pidfd.open(layout.pid)
             undo.callback(os.close, self._process)
-            self._pager = Pager(self._guest, Residency(pages, directory), self._stores)
+            self._disks = None if indexes is None else OnDisk(disks, indexes, directory, pages)
+            self._pager = Pager(self._guest, Residency(pages, directory), self._stores, on_disk=self._disks)
             undo.callback(self._pager.close)
             self._sharer = Sharer(self._pager, directory, directory.parents[2])
+            self._reclaimer = Reclaimer(self._guest, directory, self._evict_coldest)
             undo.pop_all()
         self._pending: _Pending | None = None
+        self._due = 0.0
         self._failure: Exception | None = None
 
     def serve(self) -> None:
@@ -164,7 +191,40 @@ class Manager:
             if self._pending is not None and time.monotonic() >= self._pending.due:
                 pending, self._pending = self._pending, None
                 self._answer(pending.client, partial(self._evict_idle, pending))
+            self._leave_disks()
+            self._look_after()
             self._mourn()
+
+    def _leave_disks(self) -> None:
+        """Bring back what lies in images that somebody waits to write to, and let him."""
+        if self._disks is None:
+            return
+        residency = self._pager.residency
+        for image in self._disks.disturbed():
+            there = (residency.where == Where.DISK) & (disk.images_of(residency.locator) == image)
+            came = 0
+            with contextlib.suppress(DamagedPageError):
+                came = self._pager.fetch(PageSet.from_mask(there))
+            log.warning("a disk image below is to be written to", vm=self._guest.name, image=image, brought_back=came)
+            self._disks.give_up(image)
+
+    def _look_after(self) -> None:
+        """What is to be done now and then: reclaim, and give back room of the swap file's."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + _LOOK_S
+        try:
+            faults = self._pager.statistics().faults
+            self._reclaimer.work(now, self._used, faults.file + faults.pool)
+            self._stores[Where.FILE].trim()
+        except OutboardError as error:
+            log.error("reclaim", vm=self._guest.name, why=str(error))
+
+    def _used(self) -> int:
+        """Bytes of memory that the guest takes."""
+        resident = self._pager.residency.pages_at(Where.RESIDENT)
+        return len(resident & self._guest.memory.populated()) * PAGE_SIZE
 
     def _patience_s(self) -> float:
         if self._pending is None:
@@ -223,6 +283,16 @@ class Manager:
                 return self._evict(order, whole), False
             case Fetch():
                 return self._pager.fetch(whole), False
+            case Learn():
+                if self._disks is not None:
+                    self._disks.await_indexes()
+                return self._pager.learn(self._guest.memory.populated()), False
+            case Recover(page):
+                self._pager.replace(page)
+                return 1, False
+            case Reclaim():
+                self._reclaimer.steer(order)
+                return 0, False
             case Release():
                 came = self._pager.fetch(whole)
                 self._pager.release()
@@ -245,13 +315,21 @@ class Manager:
         self._heat.touch((~idle).numbers(), time.monotonic())
         return self._evict(pending.order, idle), False
 
+    def _evict_coldest(self, idle: PageSet, most: int) -> int:
+        self._heat.touch((~idle).numbers(), time.monotonic())
+        return self._evict(Evict(most=most), idle)
+
     def _evict(self, order: Evict, among: PageSet) -> int:
-        cold = self._pager.residency.pages_at(Where.RESIDENT) & self._guest.memory.populated() & among
-        numbers = cold.numbers()
+        present = self._pager.residency.pages_at(Where.RESIDENT) & self._guest.memory.populated()
+        numbers = (present & among).numbers()
+        # The guest's own reservation stays in memory.
+        most = max(0, len(present) - self._swap.kept // PAGE_SIZE)
         if order.most is not None:
+            most = min(most, order.most // PAGE_SIZE)
+        if most < numbers.size:
             # What was not touched this time may have been before.
             coldest = np.argsort(self._heat.frequencies(time.monotonic())[numbers], kind="stable")
-            numbers = np.sort(numbers[coldest[: order.most // PAGE_SIZE]])
+            numbers = np.sort(numbers[coldest[:most]])
         return self._pager.evict(PageSet.from_numbers(self._guest.pages, numbers), _STORES[order.to])
 
     def _looked(self, moved: int) -> Looked:
@@ -266,11 +344,15 @@ class Manager:
             pool=now.pool * PAGE_SIZE,
             file=now.file * PAGE_SIZE,
             **self._sharer.looked(),
+            disk=now.disk * PAGE_SIZE,
             moved=moved * PAGE_SIZE,
             faults=latencies.count,
             fault_p50_us=latencies.percentile_us(0.5),
             fault_p99_us=latencies.percentile_us(0.99),
             failure=None if self._pager.failure is None else str(self._pager.failure),
+            used=self._used(),
+            idle=self._reclaimer.idle,
+            reclaim=self._reclaimer.status,
         )
 
     def _let_go(self) -> None:
@@ -279,10 +361,12 @@ class Manager:
         self._listener.close()
         for store in self._stores.values():
             store.close()
+        if self._disks is not None:
+            self._disks.close()
 
     def _forget(self) -> None:
         """The guest is nobody's any more: leave nothing behind."""
-        remove(self._swap)
+        self._swap.remove()
         shutil.rmtree(self._directory, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from outboard.errors import UnreachableError, error_of
+from outboard.reclaim.controller import MOST_REFAULTS
 from outboard.sharing.reads import Watch
 from outboard.vmm import sockets
 
@@ -32,8 +33,28 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     """Bring every page back, and let the guest go."""
 
 
+class Reclaim(msgspec.Struct, frozen=True, tag="reclaim"):
+    """Bring the guest's memory down to ``target`` bytes and keep it there; None: no more.
+
+    As long as it does not want back more than ``most_refaults`` pages a second.
+    """
+
+    target: int | None
+    most_refaults: float = MOST_REFAULTS
+
+
 class Look(msgspec.Struct, frozen=True, tag="look"):
     """Tell how things are."""
+
+
+class Learn(msgspec.Struct, frozen=True, tag="learn"):
+    """Find out which pages the VM's disks hold, and know it until they are written to; ``moved``: how much that is."""
+
+
+class Recover(msgspec.Struct, frozen=True, tag="recover"):
+    """The memory of ``page`` has failed: put it back as a disk holds it."""
+
+    page: int
 
 
 class HandOver(msgspec.Struct, frozen=True, tag="hand-over"):
@@ -75,14 +96,38 @@ class Rebuild(msgspec.Struct, frozen=True, tag="rebuild"):
     blocks: list[int]
 
 
-Order = Evict | Fetch | Release | Look | HandOver | Share | Unshare | DropZeros | Tidy | ReadRound | Rebuild
+Order = (
+    Evict
+    | Fetch
+    | Release
+    | Reclaim
+    | Look
+    | Learn
+    | Recover
+    | HandOver
+    | Share
+    | Unshare
+    | DropZeros
+    | Tidy
+    | ReadRound
+    | Rebuild
+)
+
+
+class Reclaiming(msgspec.Struct, frozen=True):
+    """What reclaim aims at: ``goal`` is more than ``target`` while the guest misses its memory; in bytes, pages/s."""
+
+    target: int
+    goal: int
+    refault_rate: float
 
 
 class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.residency.v1"):
     """How things are, after an order was carried out; in bytes, counts and microseconds.
 
-    ``moved``: bytes that the order has moved. ``shared``: bytes that are mapped from the pool of ``domain``, of which
-    ``copied`` were written since and are private; ``read_much``: pages un-shared for how they were read, by pattern.
+    ``moved``: bytes that the order has moved; ``idle``: that nobody touched when reclaim looked last. ``shared``: bytes
+    that are mapped from the pool of ``domain``, of which ``copied`` were written since and are private; ``read_much``:
+    pages un-shared for how they were read, by pattern.
     """
 
     vm: str
@@ -92,6 +137,7 @@ class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.resi
     zero: int
     pool: int
     file: int
+    disk: int
     moved: int
     faults: int
     fault_p50_us: float | None
@@ -101,6 +147,10 @@ class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.resi
     copied: int = 0
     domain: str | None = None
     read_much: dict[str, int] = {}
+    used: int = 0
+    """Bytes of memory that the guest takes now: resident, but for what it never touched."""
+    idle: int | None = None
+    reclaim: Reclaiming | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.failed.v1"):

@@ -16,8 +16,12 @@ from outboard.migrate.method import Options
 from outboard.migrate.plan import Blocker, Past, Plan, Watched, recommend
 from outboard.migrate.predict import link_of, predict
 from outboard.migrate.states import State
+from outboard.stores.disk import Finder
+from outboard.stores.images import index
+from outboard.stores.images.images import Images
 from outboard.vmm.device_state import runs
 from outboard.vmm.registry import VmRecord
+from outboard.vmm.spec import parse_spec
 
 WATCHED_S = 3.0
 """How long a guest is watched."""
@@ -53,13 +57,16 @@ def past_of(history: History, vm: str, destination: str) -> Past:
     )
 
 
-def make(work: Planning, record: VmRecord, identity: Path, random: np.random.Generator) -> Plan:
-    """Plan. Whatever stands in the way is in the plan, not raised."""
+def make(work: Planning, record: VmRecord, identity: Path, indexes: Path, random: np.random.Generator) -> Plan:
+    """Plan. Whatever stands in the way is in the plan, not raised.
+
+    :param indexes: the directory of the disk images' indexes.
+    """
     blockers = list(work.blockers)
     watched, version = None, None
     if not blockers:
         try:
-            watched, version = _look(record, random)
+            watched, version = _look(record, indexes, random)
         except RefusedError as error:
             blockers.append(Blocker(work.source, error.reason, str(error)))
         except OutboardError as error:
@@ -86,11 +93,14 @@ def make(work: Planning, record: VmRecord, identity: Path, random: np.random.Gen
     )
 
 
-def _look(record: VmRecord, random: np.random.Generator) -> tuple[Watched, tuple[int, int]]:
-    with record.attach() as guest:
+def _look(record: VmRecord, indexes: Path, random: np.random.Generator) -> tuple[Watched, tuple[int, int]]:
+    disks = parse_spec(record.spec_text(), f"the spec of {record.name}").disks
+    with record.attach() as guest, Images(disks) as images:
         runs(guest.monitor, guest.name)
         version = guest.monitor.execute("query-version")["qemu"]
-        return watch(guest, WATCHED_S, random), (int(version["major"]), int(version["minor"]))
+        found = [index.load(layer, indexes) if layer.fixed else None for layer in images.layers]
+        finder = Finder(images.files, found) if any(one is not None for one in found) else None
+        return watch(guest, WATCHED_S, random, finder), (int(version["major"]), int(version["minor"]))
 
 
 def _ask(

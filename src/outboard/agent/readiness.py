@@ -11,7 +11,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from outboard.errors import NotFoundError, SpecError
+from outboard.agent.promises import configured, pools_of, promise_of, promises
+from outboard.errors import NotFoundError, RefusedError, SpecError
 from outboard.linux import hugetlb, proc
 from outboard.migrate.plan import Blocker
 from outboard.vmm.accelerator import why_not_kvm
@@ -33,7 +34,13 @@ def blockers(spec: str, qemu: tuple[int, int] | None, registry: Registry, *, her
         parsed = parse_spec(spec, "the VM's description")
     except SpecError as error:
         return [Blocker(here, "spec", str(error))]
-    found = [*_name(parsed, registry), *_memory(parsed), *_program(parsed, qemu, registry), *_things(parsed)]
+    found = [
+        *_name(parsed, registry),
+        *_memory(parsed),
+        *_swap(parsed, registry),
+        *_program(parsed, qemu, registry),
+        *_things(parsed),
+    ]
     return [Blocker(here, reason, words) for reason, words in found]
 
 
@@ -58,6 +65,16 @@ def _memory(spec: VmSpec) -> Iterator[tuple[str, str]]:
         what, mend = f"in free huge pages of {spec.page_size}", "raise sysctl vm.nr_hugepages"
     if free < spec.memory_bytes:
         yield "no-memory", f"{spec.name} needs {spec.memory_bytes >> 20} MiB, {free >> 20} MiB are {what}; {mend}"
+
+
+def _swap(spec: VmSpec, registry: Registry) -> Iterator[tuple[str, str]]:
+    try:
+        config = configured()
+        pools = None if config is None else pools_of(config)
+        if pools is not None:
+            pools.admit(spec.name, promise_of(spec), promises(registry))
+    except RefusedError as error:
+        yield error.reason, str(error)
 
 
 def _program(spec: VmSpec, there: tuple[int, int] | None, registry: Registry) -> Iterator[tuple[str, str]]:

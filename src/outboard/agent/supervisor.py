@@ -6,6 +6,8 @@ replaced, also one that an earlier agent started; a guest that waits for a page 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections import defaultdict
@@ -16,12 +18,17 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from outboard.agent.config import AgentConfig
 from outboard.agent.engine import Manage, Managing, Refused
 from outboard.agent.manager import CONTROL
 from outboard.agent.orders import Look, ask
+from outboard.agent.promises import pools_of, promises
+from outboard.agent.swapping import PlainSwap, ReservedSwap, Swapping
 from outboard.errors import KernelError, NotFoundError, OutboardError, UnreachableError, error_of
 from outboard.linux import pidfd
+from outboard.stores.reservation import Reservation
 from outboard.vmm.registry import Registry
+from outboard.vmm.spec import parse_spec
 
 _READY_S = 30.0
 _RETRY_S = 1.0
@@ -33,15 +40,20 @@ class Supervisor:
     """The engines of the managed VMs.
 
     :param start: starts an engine for a task; its pipe.
-    :param swap: the directory of the swap files.
+    :param swap: the directory of the swap files; :param config: the host's, whose reservation takes their place if it
+        has one.
 
     Synchronization: any thread; what is done for one VM does not wait for another.
     """
 
-    def __init__(self, start: Callable[[Manage], Connection], registry: Registry, swap: Path) -> None:
+    def __init__(
+        self, start: Callable[[Manage], Connection], registry: Registry, swap: Path, config: AgentConfig | None = None
+    ) -> None:
         self._start = start
         self._registry = registry
         self._swap = swap
+        self._reserved = None if config is None else config.swap
+        self._pools = None if config is None else pools_of(config)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._watched: dict[str, int] = {}
 
@@ -83,7 +95,8 @@ class Supervisor:
             return engine
 
     def _run(self, vm: str, *, successor: bool) -> int:
-        pipe = self._start(Manage(vm=vm, swap=str(self._swap / vm), successor=successor))
+        self._admit(vm)
+        pipe = self._start(Manage(vm=vm, swap=self._swapping(vm), successor=successor))
         try:
             if not pipe.poll(_READY_S):
                 raise UnreachableError(f"no engine was ready to manage {vm} in {_READY_S:.0f} s")
@@ -98,6 +111,37 @@ class Supervisor:
             raise error_of(answer.exit_code, answer.why)
         log.info("memory is managed", vm=vm, engine=answer.engine)
         return answer.engine
+
+    def _admit(self, vm: str) -> None:
+        """A VM that was started before anything was reserved is looked at when it is first managed.
+
+        :raise RefusedError: ``swap-reservation``, ``no-pool``.
+        """
+        if self._pools is not None and not self._managed(vm):
+            all_ = promises(self._registry)
+            self._pools.admit(vm, all_[vm], all_)
+
+    def _swapping(self, vm: str) -> Swapping:
+        spec = parse_spec(self._registry.get(vm).spec_text(), f"the spec of {vm}")
+        kept = spec.memory_bytes - spec.reclaimable_bytes
+        if self._reserved is None:
+            return PlainSwap(os.fspath(self._swap / vm), kept)
+        return ReservedSwap(os.fspath(self._reserved.place), self._reserved.reservation_bytes, vm, kept)
+
+    def reserve(self) -> None:
+        """Make the swap reservation if there is to be one, and take back what VMs had of it that are gone.
+
+        :raise RefusedError, KernelError: as :class:`~outboard.stores.reservation.Reservation`.
+        """
+        if self._reserved is None:
+            return
+        with contextlib.closing(Reservation(self._reserved.place, self._reserved.reservation_bytes)) as reservation:
+            for vm in sorted(reservation.names()):
+                with self._locks[vm]:
+                    if not self._managed(vm):
+                        reservation.discard(vm)
+            now = reservation.statistics()
+        log.info("swap is reserved", mebibytes=now.promisable >> 20, way=now.way, blocks=now.blocks)
 
     def _watch(self, vm: str, engine: int) -> None:
         if self._watched.get(vm) != engine:
@@ -119,6 +163,9 @@ class Supervisor:
             del self._watched[vm]
             if not self._managed(vm):
                 log.info("memory is managed no more", vm=vm)
+                if self._reserved is not None:
+                    # Its engine may have died before it could.
+                    ReservedSwap(os.fspath(self._reserved.place), self._reserved.reservation_bytes, vm).remove()
                 return
         self._replace(vm, engine)
 

@@ -13,6 +13,7 @@ from outboard.errors import OutboardError
 _COMMANDS = {
     "agent": "outboard.cli.agent:agent",
     "attach": "outboard.cli.attach:attach",
+    "blocks": "outboard.cli.blocks:blocks",
     "cancel": "outboard.cli.migrate:cancel",
     "dirty": "outboard.cli.dirty:dirty",
     "doctor": "outboard.cli.doctor:doctor",
@@ -27,11 +28,14 @@ _COMMANDS = {
     "migrate": "outboard.cli.migrate:migrate",
     "mrc": "outboard.cli.mrc:mrc",
     "pki": "outboard.cli.pki:pki",
+    "reclaim": "outboard.cli.swap:reclaim",
+    "recover": "outboard.cli.blocks:recover",
     "release": "outboard.cli.memory:release",
     "residency": "outboard.cli.memory:residency",
     "run": "outboard.cli.run:run",
     "sharing": "outboard.cli.sharing:sharing",
     "stop": "outboard.cli.run:stop",
+    "swap": "outboard.cli.swap:swap",
     "wss": "outboard.cli.wss:wss",
 }
 

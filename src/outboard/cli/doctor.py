@@ -24,8 +24,10 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     host_checks.qemu,
     host_checks.network,
     host_checks.cpu_limits,
+    host_checks.leases,
     setup_checks.directories,
     setup_checks.configuration,
+    setup_checks.swap,
     setup_checks.guests,
 )
 """In the order in which they are printed: what stands earlier explains what stands later."""

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from outboard.cli.output import size_text
 from outboard.errors import KernelError, OutboardError
 from outboard.linux import cgroup, hugetlb, pagemap, proc, ptrace, transhuge
 from outboard.linux.userfaultfd import Features, available_features
+from outboard.stores.images.files import ImageFile
 from outboard.vmm.accelerator import why_not_kvm
 
 _CAPABILITIES = {"net_admin": 12, "sys_ptrace": 19, "sys_admin": 21, "sys_nice": 23}
@@ -183,6 +185,19 @@ def network() -> Iterator[Finding]:
         yield Finding("tap", Verdict.OK, "/dev/net/tun", "VMs can have a network")
     else:
         yield Finding("tap", Verdict.NOTE, "no /dev/net/tun", "VMs have no network", "modprobe tun")
+
+
+def leases() -> Iterator[Finding]:
+    """Whether the kernel tells of whoever opens a disk image for writing: tried on a file."""
+    with tempfile.NamedTemporaryFile() as made, ImageFile(Path(made.name)) as image:
+        # Whoever has it open for writing is in the way of a lease.
+        made.file.close()
+        granted = image.lease()
+    if granted:
+        yield Finding("file leases", Verdict.OK, "granted", "pages that a disk image holds can be dropped")
+    else:
+        found, mend = "refused", "sysctl fs.leases-enable=1"
+        yield Finding("file leases", Verdict.NOTE, found, "what a disk image holds goes to swap all the same", mend)
 
 
 def cpu_limits() -> Iterator[Finding]:

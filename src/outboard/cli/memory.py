@@ -17,14 +17,15 @@ from outboard.vmm.registry import Registry
 from outboard.vmm.spec import parse_size
 
 
-def _tell(looked: Looked, output: str) -> None:
+def tell(looked: Looked, output: str) -> None:
+    """Print how things are."""
     if output == "json":
         print_json(looked)
         return
     click.echo(
         f"{looked.vm}: {size_text(looked.memory)}, of which {size_text(looked.resident)} resident, "
         f"{size_text(looked.zero)} zeros, {size_text(looked.pool)} in the pool, {size_text(looked.file)} in the swap "
-        "file"
+        f"file, {size_text(looked.disk)} on its disks"
     )
     if looked.faults:
         click.echo(f"faults {looked.faults:,}: p50 {looked.fault_p50_us:.0f} µs, p99 {looked.fault_p99_us:.0f} µs")
@@ -32,7 +33,7 @@ def _tell(looked: Looked, output: str) -> None:
         click.echo(f"failure: {looked.failure}")
 
 
-def _managed(vm: str, order: Order) -> Looked:
+def managed(vm: str, order: Order) -> Looked:
     """Give an order to the engine that manages ``vm``; nobody else is needed for that."""
     directory = Registry(runtime_dir()).get(vm).memory_directory
     if not directory.exists():
@@ -63,7 +64,7 @@ def evict(vm: str, most: str | None, idle: float, to: str, output: str) -> None:
     looked = ask(control, Evict(to=cast(Literal["pool", "file"], to), most=limit, idle=idle))
     if output == "table":
         click.echo(f"evicted {size_text(looked.moved)} that was idle for {idle:g} s")
-    _tell(looked, output)
+    tell(looked, output)
 
 
 @click.command(epilog="Example: outboard fetch web")
@@ -71,7 +72,7 @@ def evict(vm: str, most: str | None, idle: float, to: str, output: str) -> None:
 @output_option("table", "json")
 def fetch(vm: str, output: str) -> None:
     """Bring every page of a managed VM back before it is touched; it stays managed."""
-    _tell(_managed(vm, Fetch()), output)
+    tell(managed(vm, Fetch()), output)
 
 
 @click.command(epilog="Example: outboard release web")
@@ -79,7 +80,7 @@ def fetch(vm: str, output: str) -> None:
 @output_option("table", "json")
 def release(vm: str, output: str) -> None:
     """Bring every page back and let the VM go: nothing of Outboard's stays in its process."""
-    _tell(_managed(vm, Release()), output)
+    tell(managed(vm, Release()), output)
 
 
 @click.command(epilog="Example: outboard residency web -o json")
@@ -87,7 +88,7 @@ def release(vm: str, output: str) -> None:
 @output_option("table", "json")
 def residency(vm: str, output: str) -> None:
     """Show where the pages of a managed VM live, and how long its faults took."""
-    _tell(_managed(vm, Look()), output)
+    tell(managed(vm, Look()), output)
 
 
 @click.group()

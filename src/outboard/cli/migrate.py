@@ -62,6 +62,13 @@ _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.D
     type=click.IntRange(1, MAX_STREAMS),
     help="Connections for the bulk; without it by the processors and the link.",
 )
+@click.option(
+    "--blocks",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Refer to disk images that both hosts have, instead of sending what they hold.",
+)
 @click.option("--verify", is_flag=True, help="Stay paused until all has arrived and compare digests of every page.")
 @click.option("--plan", "planned", is_flag=True, help="Move nothing: watch the VM for 3 s, and say what would happen.")
 @click.option("--wait/--detach", default=True, show_default=True, help="Follow it, or return once it has begun.")
@@ -204,6 +211,12 @@ def content_words(summary: report.Summary) -> str:
     )
 
 
+def _after(summary: report.Summary) -> str:
+    if not summary.large_mappings_before:
+        return "0"
+    return "unknown" if summary.large_mappings_after is None else str(summary.large_mappings_after)
+
+
 def _print_summary(summary: report.Summary) -> None:
     def ms(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} ms"
@@ -232,7 +245,7 @@ def _print_summary(summary: report.Summary) -> None:
         ),
         (
             "large",
-            f"{summary.large_mappings_before or 0} mappings of 2 MiB before, {summary.large_mappings_after or 0} after",
+            f"{summary.large_mappings_before or 0} mappings of 2 MiB before, {_after(summary)} after",
         ),
         ("verified", {None: "not asked for", True: "every page equal", False: "DIFFERENT"}[summary.verified]),
     ]

@@ -54,6 +54,8 @@ def _print(plan: Plan) -> None:
             f"memory    {size_text(watched.pages * PAGE_SIZE)}: {_pages(watched.data)} data{free}, "
             f"{_pages(watched.zero)} zeros{small}"
         )
+        if watched.on_disk is not None:
+            click.echo(f"disks     {_pages(watched.on_disk)} of the data, which need not go where both hosts have them")
         click.echo(f"hints     {watched.hints}")
         if watched.growth:
             (soon, first), (late, last) = watched.growth[0], watched.growth[-1]

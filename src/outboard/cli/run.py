@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from outboard.agent.config import runtime_dir
+from outboard.agent.promises import admitted
 from outboard.cli.output import output_option, print_json, print_table
 from outboard.errors import NotFoundError
 from outboard.vmm import launch
@@ -40,7 +41,9 @@ def run(file: Path, accel: str | None, output: str) -> None:
     spec = read_spec(file)
     if accel is not None:
         spec = msgspec.structs.replace(spec, accel=accel)
-    record = launch.launch(spec, Registry(runtime_dir()))
+    registry = Registry(runtime_dir())
+    with admitted(spec, registry):
+        record = launch.launch(spec, registry)
     if output == "json":
         print_json(
             Started(

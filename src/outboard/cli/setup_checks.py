@@ -5,6 +5,7 @@ What has not been set up yet is a note; what has been, and cannot work, is refus
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
@@ -19,6 +20,8 @@ from cryptography.hazmat.primitives import serialization
 from outboard.agent.config import AgentConfig, config_dir, read_config, runtime_dir, socket_path, state_dir
 from outboard.cli.findings import Finding, Verdict
 from outboard.errors import NotFoundError, OutboardError
+from outboard.linux import psi
+from outboard.stores.reservation import Reservation
 from outboard.vmm.guest_agent import GuestAgent
 from outboard.vmm.registry import Registry, VmRecord
 
@@ -131,6 +134,41 @@ def _free(address: str, low: int, high: int) -> int:
                 continue
             free += 1
     return free
+
+
+def swap() -> Iterator[Finding]:
+    """The swap reservation, if there is to be one; and whether the kernel tells of pressure."""
+    try:
+        config = read_config(config_dir() / "agent.toml").swap
+    except OutboardError:
+        # Said already.
+        return
+    if config is None:
+        found, follows = "nothing is reserved", "swap files grow as they can, and a full disk keeps pages in memory"
+        yield Finding("swap", Verdict.NOTE, found, follows, "[swap] reservation in agent.toml")
+        return
+    if not config.place.exists():
+        found = f"{config.reservation} are to be reserved in {config.place}"
+        yield Finding("swap", Verdict.NOTE, found, "the agent does that as it starts")
+    else:
+        try:
+            with contextlib.closing(Reservation(config.place, config.reservation_bytes, make=False)) as reservation:
+                now = reservation.statistics()
+        except OutboardError as error:
+            mend = "correct [swap] in agent.toml"
+            yield Finding("swap", Verdict.REFUSED, str(error), "no VM can be managed here", mend)
+            return
+        found = f"{now.promisable >> 20} MiB reserved, blocks move by {now.way}"
+        if now.lost or now.blocks != now.blocks_reserved:
+            short = max(now.lost, (now.blocks_reserved - now.blocks) * 512)
+            follows = f"{short >> 10} KiB were snatched on a full disk; pages are put into lent units until it has room"
+            yield Finding("swap", Verdict.NOTE, found, follows, f"make room on the disk of {config.place}")
+        else:
+            yield Finding("swap", Verdict.OK, found, "no swap-out can fail for want of room")
+    why_not = psi.why_not() if config.pressure else None
+    if why_not is not None:
+        follows = "memory is reclaimed by outboard reclaim only"
+        yield Finding("pressure", Verdict.NOTE, why_not, follows, "psi=1 on the kernel's command line")
 
 
 def guests() -> Iterator[Finding]:

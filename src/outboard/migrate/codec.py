@@ -132,6 +132,11 @@ class Choice:
         return self.saving_pays or (self.enabled and self._fixed is None and self._wire is None)
 
     @property
+    def page_ns(self) -> float:
+        """What the content of a page takes of the wire now; 0 while that is not known."""
+        return 0.0 if self._wire is None else PAGE_SIZE * self.ratio * 1e9 / self._wire
+
+    @property
     def packing(self) -> bool:
         """Whether batches are packed now."""
         return self._now is not NONE

@@ -10,8 +10,8 @@ from outboard.pages.pageset import PageSet
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Frame
 
-_PART = 1 << 20
-"""Bytes of a bitmap in one frame: 32 GiB of guest."""
+_PART = 1 << 16
+"""Bytes of a bitmap in one frame: 2 GiB of guest. Where none of it is in the set nothing is sent."""
 
 
 class Conversation:
@@ -34,7 +34,8 @@ class Conversation:
         bits = pages.bits()
         with self._sending:
             for at in range(0, bits.size, _PART):
-                self.channel.send_pageset(name, at * 8, bits[at : at + _PART].data)
+                if (part := bits[at : at + _PART]).any():
+                    self.channel.send_pageset(name, at * 8, part.data)
             self.channel.send_message(messages.encode(closing))
 
     def send_stream(self, data: memoryview) -> None:

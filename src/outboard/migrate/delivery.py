@@ -9,14 +9,13 @@ from outboard.errors import OutboardError, PeerError, UnreachableError
 from outboard.migrate import messages, ranking
 from outboard.migrate.findings import Findings
 from outboard.migrate.line import Line
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
 from outboard.migrate.progress import Watch
 from outboard.migrate.sending import Send
 from outboard.migrate.stale import Stale
 from outboard.migrate.states import Event, State
 from outboard.migrate.steering import Steering
 from outboard.pages import PAGE_SIZE
-from outboard.pages.pageset import PageSet
 
 _RETRY_S, _RETRY_MOST_S = 0.2, 5.0
 """Between two calls to a destination that does not answer: at first, and at most."""
@@ -85,8 +84,7 @@ class Delivery:
             line.order(Send(0, outbox.pages, ranking.LAST, paced=True))
         # Of a large page the bulk leaves out what was free: that has to be known before it goes.
         self._stale.revive()
-        live = PageSet.from_mask(outbox.rank != NEVER)
-        line.control.send_pages(messages.LIVE, live, messages.Live())
+        line.control.send_pages(messages.LIVE, outbox.live(), messages.Live())
         line.order(Send(0, outbox.pages, ranking.LAST, paced=True))
         done = line.await_sent()
         if done.octets > 64 * PAGE_SIZE:

@@ -13,8 +13,6 @@ import socket
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from outboard.errors import (
     NeedsRecoveryError,
     OutboardError,
@@ -34,6 +32,9 @@ from outboard.pager.peer_faults import FaultCounters, PeerFaultServer
 from outboard.pager.rebuilding import Rebuilding
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Where
+from outboard.stores.disk import DiskStore
+from outboard.stores.images.images import Images
+from outboard.stores.images.sampling import sample
 from outboard.stores.peer import PeerStore
 from outboard.vmm.device_state import Arrival
 from outboard.vmm.guest import Guest
@@ -70,6 +71,7 @@ class Incoming:
     :param running: let it run once it is ours; False: it was paused there.
     :param commit: called once, before the VM runs: whether it may be ours.
     :param note_arrived: keeps the message that no page is missing, for a source that does not hear it.
+    :param images: of its disks, as they are here; None: none is looked at.
     :param reopen: waits for the source to call again, and lets its streams in.
 
     Synchronization: one thread; it forks workers, and so must be the only one when :meth:`run` is called.
@@ -86,6 +88,7 @@ class Incoming:
         running: bool,
         commit: Callable[[], bool],
         note_arrived: Callable[[bytes], None],
+        images: Images | None = None,
         reopen: Callable[[], dict[str, Channel]],
     ) -> None:
         self.committed = arrival is None
@@ -93,6 +96,8 @@ class Incoming:
         self._source, self._running = source, running
         self._commit, self._note_arrived, self._reopen = commit, note_arrived, reopen
         self._memory, self._arrival, self._large = memory, arrival, large
+        # What its QEMU will write to is not to be read before that owns it: old blocks would stay in the page cache.
+        self._images = [layer.file if layer.fixed else None for layer in images.layers] if images is not None else []
         self._rebuilding: Worker | None = None
         self._counters = FaultCounters()
         self._faults: Worker | None = None
@@ -158,7 +163,7 @@ class Incoming:
         faults = self._faults = self._serve_faults(streams["urgent"])
 
         def receive_bulk(channel: Channel, link: socket.socket) -> None:
-            BulkReceiver(self._memory, channel, faults.link, link).serve()
+            BulkReceiver(self._memory, channel, faults.link, link, DiskStore(self._images)).serve()
 
         bulk = []
         for channel in messages.bulk_of(streams):
@@ -170,7 +175,7 @@ class Incoming:
         self._sets = {name: PageSet(self._guest.pages) for name in (messages.FORGET, messages.LIVE, messages.LARGE)}
         self._live, self._all_sent, self._passed = None, False, [0] * len(bulk)
         if self.committed:
-            here = PageSet.from_mask(self._memory.residency.where != Where.PEER)
+            here = ~self._memory.residency.pages_at(Where.PEER)
             control.send_pages(messages.HAVE, here, messages.Have())
             faults.tell(b"open")
             self._memory.wake_all()
@@ -241,7 +246,7 @@ class Incoming:
             self._all_sent
             and self.committed
             and self._live is not None
-            and not np.any(self._memory.residency.where[self._live.mask()] == Where.PEER)
+            and not self._memory.residency.any_at(Where.PEER, self._live)
         )
 
     def _take(
@@ -280,6 +285,9 @@ class Incoming:
                     self._rebuild()
             case messages.Digests():
                 self._send_digests(control)
+            case messages.Images(nonce):
+                seen = ["" if file is None else sample(file, nonce) for file in self._images]
+                control.send(messages.ImagesSeen(seen))
             case messages.Commit():
                 self._run(control)
             case other:
@@ -313,9 +321,8 @@ class Incoming:
         """Digest what has arrived, once all has: the guest stands still."""
         if self._live is None:
             raise PeerError("digests were asked for before the live pages were named")
-        mask = self._live.mask()
         deadline = time.monotonic() + _STEP_S
-        while np.any(self._memory.residency.where[mask] == Where.PEER):
+        while self._memory.residency.any_at(Where.PEER, self._live):
             if time.monotonic() > deadline:
                 raise PeerError(f"pages are missing {_STEP_S:.0f} s after all were said to have been sent")
             time.sleep(_TICK_S)
@@ -333,7 +340,8 @@ class Incoming:
             self._rebuilding.join()
         faults.tell(b"stop")
         faults.join()
-        self._large.finish()
+        if self._memory.unit > 1:
+            self._large.finish()
         self._memory.release()
         served = self._counters.statistics()
         arrived = messages.Arrived(
@@ -344,7 +352,6 @@ class Incoming:
             fault_p50_us=served.latencies.percentile_us(0.5),
             fault_p99_us=served.latencies.percentile_us(0.99),
             mapped_before_resume=self._mapped_before_resume,
-            large_mappings=self._large.count(),
             loading_faults=served.loading,
             device_faults=served.device,
             device_fault_pages=list(served.device_pages),
@@ -353,6 +360,8 @@ class Incoming:
         # A source that does not hear it asks the agent.
         with contextlib.suppress(UnreachableError):
             control.send(arrived)
+            if self._large.wanted:
+                control.send(messages.Rebuilt(large_mappings=self._large.count()))
         # Whoever closes first is believed to have broken off: let it be the source, when it has read this.
         with contextlib.suppress(UnreachableError):
             control.receive(_STEP_S)

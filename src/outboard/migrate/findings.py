@@ -17,6 +17,10 @@ class Findings:
     trace: str | None = None
     large_mappings: int | None = None
     """At the source, before anything was done to it."""
+    large_mappings_after: int | None = None
+    """At the destination, once it has rebuilt what it could."""
+    total_s: float | None = None
+    """When the source was free."""
     arm_ms: float | None = None
     stopped_at: float | None = None
     """When the guest stopped, in seconds of the wall clock."""

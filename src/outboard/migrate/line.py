@@ -15,9 +15,11 @@ from outboard.migrate.conversation import Conversation
 from outboard.migrate.desk import Destination
 from outboard.migrate.messages import Message
 from outboard.migrate.outbox import Outbox, Share
+from outboard.migrate.references import References
 from outboard.migrate.sending import Answerer, BulkSender, Done, Say, Send, decode_done, encode_order
 from outboard.migrate.steering import STEP_S, Speakers, Steering
 from outboard.migrate.worker import Worker
+from outboard.pages.labels import put
 from outboard.pages.pageset import PageSet
 from outboard.vmm.guest import Guest
 from outboard.wire import tls
@@ -51,13 +53,14 @@ class Line:
         steering: Steering,
         ready: Callable[[], None],
         compress: Compress,
+        references: References,
     ) -> None:
         self.migration, self.destination = migration, destination
         self.digests: bytearray | None = None
         self.bulk_streams = 1
         """How many there were when the streams were opened last."""
         self._guest, self._outbox, self._identity, self._steering = guest, outbox, identity, steering
-        self._ready, self._compress = ready, compress
+        self._ready, self._compress, self._references = ready, compress, references
         self._agent: Channel | None = None
         self._streams: dict[str, Channel] = {}
         self._control: Conversation | None = None
@@ -120,7 +123,8 @@ class Line:
                 channel.close()
             raise
         self._streams = streams
-        self._outbox.sent[:] = have.mask()
+        self._outbox.sent[:] = 0
+        put(self._outbox.sent, have, 1)
         self._start()
         return have
 
@@ -261,11 +265,11 @@ class Line:
         self._answerer = Worker(
             "outboard-answer", lambda _: Answerer(guest, outbox, streams["urgent"]).serve(), urgent=True
         )
-        bulk, compress = messages.bulk_of(streams), self._compress
+        bulk, compress, references = messages.bulk_of(streams), self._compress, self._references
         self.bulk_streams = len(bulk)
 
         def send(link: socket.socket, number: int) -> None:
-            BulkSender(guest, outbox, bulk[number], link, compress, Share(number, len(bulk))).serve()
+            BulkSender(guest, outbox, bulk[number], link, compress, Share(number, len(bulk)), references).serve()
 
         self._bulk = [
             Worker("outboard-bulk", lambda link, number=number: send(link, number))  # type: ignore[misc]
@@ -286,6 +290,8 @@ class Line:
                 message = messages.decode(frame.payload)
                 if isinstance(message, messages.BarrierPassed):
                     self._passed = message.number
+                elif isinstance(message, messages.ImagesSeen):
+                    self._references.answered(message)
                 else:
                     self._inbox.append(message)
             else:

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from outboard.errors import PeerError, UnreachableError
 from outboard.migrate import ranking
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
 from outboard.migrate.plan import Range, Watched
+from outboard.migrate.turns import NEVER
 from outboard.pages import PAGE_SIZE
-from outboard.pages.content import zero_pages
+from outboard.pages.content import page_digests, zero_pages
 from outboard.pages.pageset import PageSet
+from outboard.stores import disk
+from outboard.stores.disk import Finder
 from outboard.trace.writes import open_write_trace
 from outboard.vmm.enlighten import chunks
 from outboard.vmm.guest import QemuGuest
@@ -34,10 +37,10 @@ _DOUBT = 3.0
 """Standard deviations of a sampled share that its range spans to either side."""
 
 
-def watch(guest: QemuGuest, seconds: float, random: np.random.Generator) -> Watched:
+def watch(guest: QemuGuest, seconds: float, random: np.random.Generator, finder: Finder | None = None) -> Watched:
     """Watch ``guest`` for about ``seconds``.
 
-    :param random: chooses the pages to look at.
+    :param random: chooses the pages to look at. :param finder: finds them on disks.
     :raise RefusedError: no write trace can be armed. :raise KernelError: the guest has ended.
     """
     outbox = Outbox(guest.pages)
@@ -56,7 +59,7 @@ def watch(guest: QemuGuest, seconds: float, random: np.random.Generator) -> Watc
             growth.append((time.monotonic() - began, written))
             due *= _NEXT_LOOK
         backend = trace.backend
-    data, zero, free_data, compressed = _content(guest, populated, outbox.rank == NEVER, random)
+    data, zero, free_data, on_disk, compressed = _content(guest, populated, outbox.rank == NEVER, random, finder)
     return Watched(
         pages=guest.pages,
         populated=len(populated),
@@ -70,6 +73,7 @@ def watch(guest: QemuGuest, seconds: float, random: np.random.Generator) -> Watc
         trace=backend,
         hints=hints,
         hints_s=hints_s,
+        on_disk=None if finder is None else on_disk,
     )
 
 
@@ -91,14 +95,19 @@ def _ask(guest: QemuGuest, outbox: Outbox) -> tuple[str, float]:
 
 
 def _content(
-    guest: QemuGuest, populated: PageSet, free: NDArray[np.bool_], random: np.random.Generator
-) -> tuple[Range, Range, Range, float | None]:
-    """What populated pages hold: with content, zeros, with content and free; and how small content becomes."""
+    guest: QemuGuest,
+    populated: PageSet,
+    free: NDArray[np.bool_],
+    random: np.random.Generator,
+    finder: Finder | None,
+) -> tuple[Range, Range, Range, Range, float | None]:
+    """Populated pages: with content, zeros, with content and free, on disks; and how small content becomes."""
     numbers = populated.numbers()
     chosen = numbers
     if numbers.size > _LOOKED_AT:
         chosen = np.sort(random.choice(numbers, _LOOKED_AT, replace=False))
     zero: NDArray[np.bool_] = np.zeros(chosen.size, dtype=np.bool_)
+    held: NDArray[np.bool_] = np.zeros(chosen.size, dtype=np.bool_)
     trial: list[bytes] = []
     every = max(1, chosen.size // _COMPRESSED)
     buffer: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
@@ -108,6 +117,9 @@ def _content(
             guest.memory.read_into(page, buffer[index * PAGE_SIZE : (index + 1) * PAGE_SIZE].data)
         content = buffer[: part.size * PAGE_SIZE]
         zero[begin : begin + part.size] = zero_pages(content)
+        if finder is not None:
+            image, _ = finder.find(content, page_digests(content), zero[begin : begin + part.size])
+            held[begin : begin + part.size] = image != disk.NONE
         for index in range(-begin % every, part.size, every):
             if not zero[begin + index]:
                 trial.append(content[index * PAGE_SIZE : (index + 1) * PAGE_SIZE].tobytes())
@@ -119,6 +131,7 @@ def _content(
         share_of(int((~zero).sum()), chosen.size, numbers.size),
         share_of(int(zero.sum()), chosen.size, numbers.size),
         share_of(int((held_free & ~zero).sum()), chosen.size, numbers.size),
+        share_of(int(held.sum()), chosen.size, numbers.size),
         compressed,
     )
 

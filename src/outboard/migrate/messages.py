@@ -73,6 +73,30 @@ class Large(Message, frozen=True, tag="large"):
     early: bool
 
 
+class Images(Message, frozen=True, tag="images"):
+    """The source asks which of the VM's disk images both hosts have: for each, how the destination's looks.
+
+    ``nonce``, 32 hexadecimal digits, says where to look; see :mod:`outboard.stores.images.sampling`.
+    """
+
+    nonce: str
+
+
+class ImagesSeen(Message, frozen=True, tag="images-seen"):
+    """The answer: of each image in the order of their numbers, a digest of what was seen there, empty for none."""
+
+    digests: Annotated[list[str], msgspec.Meta(max_length=1024)]
+
+
+class Resolve(Message, frozen=True, tag="resolve"):
+    """On the bulk stream: ask for the pages that were sent as blocks and could not be read, as REQUEST frames, and then
+    answer."""
+
+
+class Resolved(Message, frozen=True, tag="resolved"):
+    """The answer, on the same stream: all others are there."""
+
+
 class AllSent(Message, frozen=True, tag="all-sent"):
     """On the bulk stream: every live page has been sent on this stream or the urgent one."""
 
@@ -121,10 +145,15 @@ class Arrived(Message, frozen=True, tag="arrived"):
     fault_p50_us: float | None
     fault_p99_us: float | None
     mapped_before_resume: int
-    large_mappings: int
     loading_faults: int = 0
     device_faults: int = 0
     device_fault_pages: Annotated[list[int], msgspec.Meta(max_length=32)] = []
+
+
+class Rebuilt(Message, frozen=True, tag="rebuilt"):
+    """After ``Arrived``, where the source had large mappings: how many there are now. A report waits for it."""
+
+    large_mappings: int
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -199,6 +228,10 @@ AnyMessage = (
     | Forget
     | Live
     | Large
+    | Images
+    | ImagesSeen
+    | Resolve
+    | Resolved
     | AllSent
     | Digests
     | Loaded
@@ -208,6 +241,7 @@ AnyMessage = (
     | Have
     | Resumed
     | Arrived
+    | Rebuilt
     | Failed
 )
 

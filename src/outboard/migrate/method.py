@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -69,7 +69,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     every page has arrived and the digests of both ends agree. ``throttle`` lets the vCPUs that write be held back where
     rounds would not end otherwise. ``compress`` says by which codec pages go, if by any, and ``streams`` on
     how many connections; None: as :mod:`outboard.migrate.streams` says. ``goal`` is where those come from that were
-    not said; see :mod:`outboard.migrate.goals`.
+    not said; see :mod:`outboard.migrate.goals`. ``blocks``: pages that a disk image holds which both hosts have go as
+    references; see :mod:`outboard.migrate.references`.
     """
 
     method: Method = Method.ENLIGHTENED
@@ -81,6 +82,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     compress: Compress = Compress.AUTO
     streams: Annotated[int, msgspec.Meta(ge=1, le=MAX_STREAMS)] | None = None
     goal: Goal | None = None
+    blocks: Literal["auto", "off"] = "auto"
 
     @property
     def throttles(self) -> bool:

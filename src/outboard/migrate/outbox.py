@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.migrate.messages import MAX_STREAMS
-from outboard.pages import LARGE, PAGE_SIZE
-from outboard.pages.pageset import PageSet, Runs, shifted
+from outboard.migrate.turns import NEVER, Walk
+from outboard.pages import PAGE_SIZE
+from outboard.pages.labels import labelled, put
+from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.shared import claim, claim_one, shared_array
 from outboard.wire.codecs import CODERS
-
-NEVER = 255
-"""The rank of a page that is not sent: the guest holds it free, or it has no memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,7 @@ class Content:
 
     :ivar packed_bytes: what it was on the wire. :ivar codec_ns: of processor time, spent to make it so.
     :ivar same_pages: that went as references. :ivar changed_pages: that went as what has changed of them.
+    :ivar block_pages: that went as blocks of disks. :ivar refused_blocks: of these, that the destination asked for.
     :ivar codec_pages: that went whole, by codec, in the order of wire.codecs.CODERS.
     """
 
@@ -57,6 +57,8 @@ class Content:
     codec_ns: int
     same_pages: int
     changed_pages: int
+    block_pages: int
+    refused_blocks: int
     codec_pages: tuple[int, ...]
 
 
@@ -69,13 +71,6 @@ class Share:
 
     def __init__(self, number: int = 0, of: int = 1) -> None:
         self.number, self.of = number, of
-
-    def within(self, part: slice) -> NDArray[np.bool_] | None:
-        """Which of a stretch of pages belong to it; None: all of them."""
-        if self.of == 1:
-            return None
-        mine: NDArray[np.bool_] = np.arange(part.start, part.stop) // LARGE % self.of == self.number
-        return mine
 
 
 ALL = Share()
@@ -91,7 +86,7 @@ class Outbox:
     """
 
     _DATA, _ZERO, _URGENT, _BULK_BYTES, _URGENT_BYTES, _LIMIT, _HALT, _RATE = range(8)
-    _BUSY, _PACKED, _CODEC_NS, _SAME, _CHANGED, _CODECS = range(8, 14)
+    _BUSY, _PACKED, _CODEC_NS, _SAME, _CHANGED, _BLOCK, _REFUSED, _CODECS = range(8, 16)
 
     def __init__(self, pages: int, *, unit: int = 1, digested: bool = False) -> None:
         self.pages = pages
@@ -100,6 +95,8 @@ class Outbox:
         self.rank: NDArray[np.uint8] = shared_array(pages, np.uint8)
         self.rank[:] = NEVER
         self.sent: NDArray[np.uint8] = shared_array(pages, np.uint8)
+        # The kernel gives memory to it now, not while the guest stands still.
+        self.sent[:] = 0
         # A row for each stream: adding to a number is no single instruction.
         columns = self._CODECS + len(CODERS)
         self._counters: NDArray[np.int64] = shared_array(MAX_STREAMS * columns, np.int64).reshape(MAX_STREAMS, columns)
@@ -109,36 +106,15 @@ class Outbox:
 
         :param parts: parts of large pages too; not while others claim those, which takes them a moment.
         """
-        part = self._part(first, count)
-        turns, unsent = self._turns(part, parts=parts)
-        mask = (turns == rank) & unsent
-        mine = share.within(part)
-        return shifted(PageSet.from_mask(mask if mine is None else mask & mine).runs(), part.start)
+        return self._walk(first, count, share, parts).runs(rank)
 
     def ranks_due(self, first: int, count: int, upto: int, share: Share = ALL, *, parts: bool = True) -> list[int]:
         """Which ranks up to ``upto`` have pages due in ``[first, first + count)``, ascending; ``parts`` as in due."""
-        part = self._part(first, count)
-        turns, unsent = self._turns(part, parts=parts)
-        mine = share.within(part)
-        waiting = turns[unsent if mine is None else unsent & mine]
-        return [int(rank) for rank in np.flatnonzero(np.bincount(waiting, minlength=256)[: upto + 1])]
+        return self._walk(first, count, share, parts).ranks(upto)
 
-    def _part(self, first: int, count: int) -> slice:
-        low = first // self.unit * self.unit
-        return slice(low, min(self.pages, -(-(first + count) // self.unit) * self.unit))
-
-    def _turns(self, part: slice, *, parts: bool) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """By which rank each page goes, and whether nobody has sent it."""
-        rank, unsent = self.rank[part], self.sent[part] == 0
-        if self.unit == 1:
-            return rank, unsent
-        blocks = rank.reshape(-1, self.unit)
-        least = np.broadcast_to(blocks.min(axis=1)[:, None], blocks.shape)
-        if not parts:
-            return least.reshape(-1), np.repeat(unsent[:: self.unit], self.unit)
-        whole: NDArray[np.bool_] = unsent.reshape(-1, self.unit).all(axis=1)
-        turns: NDArray[np.uint8] = np.where(whole[:, None], least, blocks)
-        return turns.reshape(-1), unsent
+    def _walk(self, first: int, count: int, share: Share, parts: bool) -> Walk:
+        end = min(self.pages, first + count)
+        return Walk(self.rank, self.sent, self.unit, first, end, (share.number, share.of), parts)
 
     def claim(self, first: int, count: int) -> NDArray[np.bool_]:
         """Take it upon oneself to send pages; which of them nobody else has."""
@@ -155,17 +131,20 @@ class Outbox:
 
     def unsent(self) -> PageSet:
         """The pages that have a turn and were not sent."""
-        return PageSet.from_mask((self.rank != NEVER) & (self.sent == 0))
+        return self.live() - self.already_sent()
+
+    def live(self) -> PageSet:
+        """The pages that have a turn, or had one."""
+        return labelled(self.rank, NEVER, otherwise=True)
 
     def already_sent(self) -> PageSet:
         """The pages that were sent and not taken back."""
-        return PageSet.from_mask(self.sent != 0)
+        return labelled(self.sent, 0, otherwise=True)
 
     def again(self, pages: PageSet, rank: int) -> None:
         """Give pages a turn (again): their content has changed since they were sent, or they came to life."""
-        mask = pages.mask()
-        self.rank[mask] = rank
-        self.sent[mask] = 0
+        put(self.rank, pages, rank)
+        put(self.sent, pages, 0)
 
     def count_bulk(self, data: int, zero: int, octets: int, stream: int = 0) -> None:
         """Note what the bulk sent."""
@@ -183,6 +162,11 @@ class Outbox:
         """Note how many pages went as references, and as what has changed of them."""
         self._counters[stream, self._SAME] += same
         self._counters[stream, self._CHANGED] += changed
+
+    def count_blocks(self, pages: int, refused: int, stream: int = 0) -> None:
+        """Note how many pages went as blocks of disks, and how many of those the destination asked for."""
+        self._counters[stream, self._BLOCK] += pages
+        self._counters[stream, self._REFUSED] += refused
 
     def count_urgent(self, pages: int, octets: int) -> None:
         """Note what the answerer sent."""
@@ -231,5 +215,13 @@ class Outbox:
             c[self._BULK_BYTES],
             c[self._URGENT_BYTES],
             c[self._RATE],
-            Content(c[self._PACKED], c[self._CODEC_NS], c[self._SAME], c[self._CHANGED], tuple(c[self._CODECS :])),
+            Content(
+                c[self._PACKED],
+                c[self._CODEC_NS],
+                c[self._SAME],
+                c[self._CHANGED],
+                c[self._BLOCK],
+                c[self._REFUSED],
+                tuple(c[self._CODECS :]),
+            ),
         )

@@ -1,6 +1,7 @@
 """The content of the bulk's batches, on its way to the wire in as few bytes as pay.
 
-A page goes, in this order: as a bit, when it is all zeros; as what has changed of it, when it was sent before and that
+A page goes, in this order: as a bit, when it is all zeros; as a reference to a block of a disk image that both hosts
+have (:mod:`outboard.migrate.references`); as what has changed of it, when it was sent before and that
 is less than pages come to now; as a reference, when a page with its content was sent lately and kept; and else whole,
 packed with the others of its batch by the codec that :mod:`outboard.migrate.codec` chooses. References and changes are
 looked for only while the wire is what the bulk waits for, and references only as long as they are found.
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from outboard.migrate.codec import Choice, Compress
 from outboard.migrate.outbox import ALL, Outbox, Share
+from outboard.migrate.references import Lookup
 from outboard.migrate.versions import UNKNOWN, Versions
 from outboard.pages import PAGE_SIZE
 from outboard.pages.kept import KeptPages
@@ -55,7 +57,8 @@ class _Duplicates:
 class Packer:
     """Sends batches on one stream.
 
-    :param share: what this stream sends. :param processor: nanoseconds of processor time of this thread.
+    :param share: what this stream sends. :param lookup: finds pages on disks.
+    :param processor: nanoseconds of processor time of this thread.
 
     Synchronization: the stream's sender.
     """
@@ -66,9 +69,11 @@ class Packer:
         channel: Channel,
         compress: Compress,
         share: Share = ALL,
+        lookup: Lookup | None = None,
         processor: Callable[[], int] = time.thread_time_ns,
     ) -> None:
         self._share = share
+        self.lookup = lookup
         self._outbox, self._channel, self._processor = outbox, channel, processor
         self.choice = Choice(compress, time.monotonic_ns, processor)
         self.begin()
@@ -82,19 +87,26 @@ class Packer:
         self._began = time.monotonic_ns(), self._processor()
 
     def send(
-        self, runs: list[tuple[int, int]], content: NDArray[np.uint8], zero: NDArray[np.bool_], *, changes: bool = False
+        self,
+        runs: list[tuple[int, int]],
+        content: NDArray[np.uint8],
+        zero: NDArray[np.bool_],
+        *,
+        changes: bool = False,
+        by_block: bool = True,
     ) -> None:
         """Send pages, which were read since :meth:`begin`.
 
         :param runs: (first, count) each; :param content: of all of them; :param zero: which go as zeros.
         :param changes: whether the destination's memory holds what was sent last, and its guest does not run.
+        :param by_block: whether pages may go as references to blocks.
         """
         zeros = int(np.count_nonzero(zero))
         pages = content.reshape(-1, PAGE_SIZE)
         began, spent = self._processor(), self.choice.spent_ns
-        forms, changed, slots = self._look(runs, pages, zero, changes=changes)
+        forms, changed, slots, blocks = self._look(runs, pages, zero, changes=changes, by_block=by_block)
         looked = self._processor() - began if self.choice.enabled else 0
-        as_they_are = not (len(changed) or slots.size)
+        as_they_are = not (len(changed) or slots.size or blocks)
         if as_they_are:
             full = pages[~zero].reshape(-1) if zeros else content
         else:
@@ -106,7 +118,7 @@ class Packer:
         if coder is NONE and as_they_are:
             sent = self._channel.send_pages(runs, zero, full.data)
         else:
-            sent = self._channel.send_pieces(packed_frame(runs, forms, slots, coder.codec, packed, changed))
+            sent = self._channel.send_pieces(packed_frame(runs, forms, slots, coder.codec, packed, changed, blocks))
         self.choice.note_sending(sent, self._processor() - began)
         self.octets += sent
         self.content_bytes += PAGE_SIZE * (zero.size - zeros)
@@ -118,16 +130,38 @@ class Packer:
         if not as_they_are:
             same, change = (int(np.count_nonzero(forms == form)) for form in (Form.SAME, Form.CHANGED))
             self._outbox.count_told(same, change, stream)
+            self._outbox.count_blocks(len(blocks) // 16, 0, stream)
 
     def _look(
-        self, runs: list[tuple[int, int]], pages: NDArray[np.uint8], zero: NDArray[np.bool_], *, changes: bool
-    ) -> tuple[NDArray[np.uint8], Octets, NDArray[np.uint16]]:
-        """Find what need not go whole: the forms of the pages, the changes as packed, and the slots."""
+        self,
+        runs: list[tuple[int, int]],
+        pages: NDArray[np.uint8],
+        zero: NDArray[np.bool_],
+        *,
+        changes: bool,
+        by_block: bool,
+    ) -> tuple[NDArray[np.uint8], Octets, NDArray[np.uint16], bytes]:
+        """Find what need not go whole: the forms of the pages, the changes as packed, the slots, and the blocks."""
         forms = np.where(zero, np.uint8(Form.ZERO), np.uint8(Form.FULL))
+        blocks = self._blocks(pages, forms) if by_block else b""
         if not (changes and self.choice.saving_may_pay):
             # What is sent meanwhile is not noted.
             self._versions = None
-        return forms, self._changes(runs, pages, forms) if changes else b"", self._references(pages, forms)
+        packed = self._changes(runs, pages, forms) if changes else b""
+        return forms, packed, self._references(pages, forms), blocks
+
+    def _blocks(self, pages: NDArray[np.uint8], forms: NDArray[np.uint8]) -> bytes:
+        """Find the pages that go as blocks of disks; these, as they stand in the payload."""
+        if self.lookup is None:
+            return b""
+        rows = self.lookup.blocks(pages, forms == Form.FULL, self.choice.page_ns)
+        if rows is None:
+            return b""
+        found = rows[:, 1] != 0
+        forms[found] = Form.BLOCK
+        self.lookup.open += int(np.count_nonzero(found))
+        told: bytes = rows[found].astype("<u8").tobytes()
+        return told
 
     def _changes(self, runs: list[tuple[int, int]], pages: NDArray[np.uint8], forms: NDArray[np.uint8]) -> Octets:
         """Find the pages that go as what has changed of them; that, packed."""

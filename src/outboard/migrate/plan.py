@@ -54,6 +54,8 @@ class Watched(msgspec.Struct, frozen=True):
     trace: str
     hints: str
     hints_s: float
+    on_disk: Range | None = None
+    """Of ``data``, what disk images hold that nobody writes to; None: none of them has an index."""
 
 
 class Link(msgspec.Struct, frozen=True):

@@ -87,6 +87,9 @@ def _predict(method: Method, watched: Watched, link: Link, past: Past, options: 
     hinted = options.hints and method is not Method.POST_COPY
     free_low, free_high = (watched.free_data.low, watched.free_data.high or 0.0) if hinted else (0.0, 0.0)
     data = (max(0.0, watched.data.low - free_high), max(0.0, (watched.data.high or 0.0) - free_low))
+    if watched.on_disk is not None and options.blocks == "auto":
+        # At best: the destination may not have the images.
+        data = (max(0.0, data[0] - (watched.on_disk.high or 0.0)), data[1])
     rates = (link.rate.low / PAGE_SIZE, (link.rate.high or link.rate.low) / PAGE_SIZE)
     calm, busy = _grown(watched, _WRITES[0]), _grown(watched, _WRITES[1])
     start = _start(watched, past, hinted)

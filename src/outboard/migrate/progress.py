@@ -6,17 +6,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-
 from outboard.migrate.desk import Desk
 from outboard.migrate.method import Options
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
 from outboard.migrate.report import Progress, verdict
-from outboard.migrate.states import Machine
+from outboard.migrate.states import Machine, State
 from outboard.pages import PAGE_SIZE
 
 _EVERY_S = 0.2
 _WINDOW = 10
+_STANDSTILL = frozenset({State.SWITCHING, State.COMMITTED})
+"""The guest stands still: nobody counts its pages meanwhile."""
 
 
 class Copying(Protocol):
@@ -57,6 +57,7 @@ class Watch:
         self._began = began
         self._next = 0.0
         self._fraction = 0.0
+        self._live = self._unsent = 0
         self._seen: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self.outbox: Outbox | None = None
         self.rounds: Copying | None = None
@@ -82,9 +83,9 @@ class Watch:
         if outbox is not None:
             sent = outbox.statistics()
             sent_bytes, content = sent.bulk_bytes + sent.urgent_bytes, sent.content_bytes
-            due = outbox.rank != NEVER
-            total = int(np.count_nonzero(due)) * PAGE_SIZE
-            remaining = int(np.count_nonzero(due & (outbox.sent == 0))) * PAGE_SIZE
+            if self._machine.state not in _STANDSTILL:
+                self._live, self._unsent = len(outbox.live()), len(outbox.unsent())
+            total, remaining = self._live * PAGE_SIZE, self._unsent * PAGE_SIZE
         # Of pages, not of what they are packed into: what remains and what the guest writes are pages.
         self._seen.append((now, content))
         (then, before), (_, after) = self._seen[0], self._seen[-1]

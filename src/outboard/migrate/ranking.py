@@ -14,7 +14,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
+from outboard.migrate.turns import NEVER
+from outboard.pages.labels import put
 from outboard.pages.pageset import PageSet
 from outboard.vmm.enlighten import PageClass
 
@@ -57,7 +59,7 @@ QUIET_UPTO = int(_RANK_OF[PageClass.ACTIVE_FILE])
 
 def rank_all(outbox: Outbox, populated: PageSet) -> None:
     """Give every page that has memory its turn, all the same one."""
-    outbox.rank[populated.mask()] = UNCLASSED
+    put(outbox.rank, populated, UNCLASSED)
 
 
 def rank_classes(outbox: Outbox, first: int, classes: NDArray[np.uint8]) -> None:
@@ -68,12 +70,12 @@ def rank_classes(outbox: Outbox, first: int, classes: NDArray[np.uint8]) -> None
 
 def rank_written(outbox: Outbox, pages: PageSet) -> None:
     """Those of ``pages``, which were written lately, that carry no flag belong to what goes early."""
-    np.copyto(outbox.rank, np.uint8(EARLY_UPTO), where=pages.mask() & (outbox.rank == _RANK_OF[PageClass.OTHER]))
+    put(outbox.rank, pages, EARLY_UPTO, over=int(_RANK_OF[PageClass.OTHER]))
 
 
 def rank_touched(outbox: Outbox, pages: PageSet) -> None:
     """Where the guest says nothing: what it was seen to touch goes before what it was not."""
-    np.copyto(outbox.rank, _RANK_OF[PageClass.ACTIVE_ANON], where=pages.mask() & (outbox.rank != NEVER))
+    put(outbox.rank, pages & outbox.live(), int(_RANK_OF[PageClass.ACTIVE_ANON]))
 
 
 def rank_devices(outbox: Outbox, rings: PageSet, in_flight: PageSet) -> None:
@@ -81,9 +83,9 @@ def rank_devices(outbox: Outbox, rings: PageSet, in_flight: PageSet) -> None:
 
     What has gone without having a turn, as the free part of a large page, has none now.
     """
-    gone = (outbox.rank == NEVER) & (outbox.sent != 0)
-    np.copyto(outbox.rank, np.uint8(IN_FLIGHT), where=in_flight.mask() & ~gone)
-    np.copyto(outbox.rank, np.uint8(QUEUES), where=rings.mask() & ~gone)
+    gone = outbox.already_sent() - outbox.live()
+    put(outbox.rank, in_flight - gone, IN_FLIGHT)
+    put(outbox.rank, rings - gone, QUEUES)
 
 
 def split_stale(outbox: Outbox, stale: PageSet, most: int) -> tuple[PageSet, PageSet]:
@@ -97,5 +99,4 @@ def split_stale(outbox: Outbox, stale: PageSet, most: int) -> tuple[PageSet, Pag
 
 def revive(outbox: Outbox, pages: PageSet) -> None:
     """Give those of ``pages`` a turn that had none: somebody has written to them, so they are live after all."""
-    part = outbox.rank
-    np.copyto(part, np.uint8(UNCLASSED), where=pages.mask() & (part == NEVER))
+    put(outbox.rank, pages, UNCLASSED, over=NEVER)

@@ -7,9 +7,10 @@ import socket
 import numpy as np
 
 from outboard.errors import PeerError
-from outboard.migrate.messages import AllSent, Barrier, decode
+from outboard.migrate.messages import AllSent, Barrier, Resolve, Resolved, decode, encode
 from outboard.migrate.unpacking import Unpacker
 from outboard.pager.arriving import ArrivingMemory
+from outboard.stores.disk import DiskStore
 from outboard.wire.channel import Channel
 from outboard.wire.frames import Kind, Pages
 
@@ -18,15 +19,23 @@ class BulkReceiver:
     """Places the pages of the bulk stream.
 
     :param faults: the fault server's command socket: it is told of pages that somebody waited for.
+    :param disks: the images of the VM that may be referred to.
     :param link: to the engine: the payloads of Barrier and AllSent, once all before them has been placed.
     """
 
-    def __init__(self, memory: ArrivingMemory, channel: Channel, faults: socket.socket, link: socket.socket) -> None:
+    def __init__(
+        self,
+        memory: ArrivingMemory,
+        channel: Channel,
+        faults: socket.socket,
+        link: socket.socket,
+        disks: DiskStore | None = None,
+    ) -> None:
         self._memory = memory
         self._channel = channel
         self._faults = faults
         self._link = link
-        self._unpacker = Unpacker(memory)
+        self._unpacker = Unpacker(memory, disks)
         channel.take_over()
 
     def serve(self) -> None:
@@ -47,6 +56,11 @@ class BulkReceiver:
                 raise PeerError(f"a {frame.kind.name} frame on the bulk stream")
             payload = bytes(frame.payload)
             message = decode(payload)
+            if isinstance(message, Resolve):
+                self._channel.send_request(self._unpacker.refused)
+                self._unpacker.refused = []
+                self._channel.send_message(encode(Resolved()))
+                continue
             if not isinstance(message, (Barrier, AllSent)):
                 raise PeerError(f"a {type(message).__name__} message on the bulk stream")
             self._link.send(payload)
@@ -54,6 +68,8 @@ class BulkReceiver:
                 return
 
     def _place(self, pages: Pages) -> None:
+        if not pages.runs:
+            return
         runs, content = np.array(pages.runs, dtype=np.int64), np.frombuffer(pages.data, dtype=np.uint8)
         waited = self._memory.place(runs, pages.zero, content)
         if waited.size:

@@ -97,7 +97,7 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     large_mappings_before: int | None = None
     """Of 2 MiB, at the source before anything was done to it."""
     large_mappings_after: int | None = None
-    """At the destination when all had arrived."""
+    """At the destination when it had rebuilt what it could; None: the source did not hear of it."""
     throttle: list[Slowed] = []
     throttle_gain: float = 1.0
     """How much more the guest wrote when held back than the model said; the next migration of the VM begins with it."""
@@ -111,6 +111,12 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     """That went as a reference to one with the same content."""
     changed_pages: int = 0
     """That were sent again as what had changed of them."""
+    pages_by_block: int = 0
+    """That went as references to blocks of disk images."""
+    refused_blocks: int = 0
+    """Of these, that the destination did not find there, and that were sent."""
+    blocks: str = ""
+    """Which images both hosts have, or why none is used."""
     codecs: dict[str, int] = {}
     """Pages that went whole, by codec."""
     codec_s: float = 0.0

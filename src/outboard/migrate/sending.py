@@ -15,16 +15,21 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from outboard.errors import PeerError
 from outboard.linux import tcp
+from outboard.migrate import messages
 from outboard.migrate.codec import Compress
-from outboard.migrate.outbox import ALL, NEVER, Outbox, Share
+from outboard.migrate.outbox import ALL, Outbox, Share
 from outboard.migrate.packing import Packer
+from outboard.migrate.references import ASK_EVERY, Lookup, References
 from outboard.migrate.refining import note_digests
+from outboard.migrate.turns import NEVER
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.vmm.guest import Guest
 from outboard.wire.channel import Channel
+from outboard.wire.frames import Kind
 from outboard.wire.pace import LinkEstimate
 from outboard.wire.urgent import Answering
 
@@ -35,6 +40,8 @@ _PACE_NS = 5_000_000
 _SEND_BUFFER = 256 * 1024
 """Bytes the kernel may hold of the bulk: what is in there is ahead of whatever we decide next."""
 _STARVED = 32 * 1024
+_ANSWER_S = 60.0
+"""The longest that the destination may take to say which blocks it could not read."""
 
 
 class Send(msgspec.Struct, frozen=True, tag="send"):
@@ -114,7 +121,7 @@ def _cut(runs: Runs, unit: int) -> Iterator[list[int]]:
 class BulkSender:
     """Walks the outbox, on one stream.
 
-    :param share: what this one sends of it.
+    :param share: what this one sends of it. :param references: what may go as a reference to a block of a disk.
     """
 
     def __init__(
@@ -125,13 +132,17 @@ class BulkSender:
         link: socket.socket,
         compress: Compress = Compress.NONE,
         share: Share = ALL,
+        references: References | None = None,
     ) -> None:
         self._guest = guest
         self._outbox = outbox
         self._channel = channel
         self._link = link
         self._share = share
-        self._packer = Packer(outbox, channel, compress, share)
+        # A large page is placed whole, and so cannot lack a part.
+        by_block = references is not None and references.wanted and outbox.unit == 1
+        self._lookup = Lookup(references) if by_block and references is not None else None
+        self._packer = Packer(outbox, channel, compress, share, self._lookup)
         self._read: NDArray[np.uint8] = np.empty(max(_BATCH, outbox.unit) * PAGE_SIZE, dtype=np.uint8)
         self._estimate = LinkEstimate(time.monotonic)
         self._paced_at = 0
@@ -146,6 +157,7 @@ class BulkSender:
                 case Send() as send:
                     self._link.send(msgspec.json.encode(self._send(send)))
                 case Say(payload):
+                    self._resolve()
                     self._channel.send_message(payload)
 
     def _send(self, order: Send) -> Done:
@@ -171,6 +183,8 @@ class BulkSender:
             due = self._outbox.due(order.first, order.count, rank, share, parts=parts)
             for batch in batches(due, self._outbox.unit):
                 self._send_batch(batch, changes=order.changes)
+                if self._lookup is not None and self._lookup.open >= ASK_EVERY:
+                    self._resolve()
                 now = time.monotonic_ns()
                 if now - self._paced_at > _PACE_NS:
                     self._pace(now)
@@ -182,8 +196,28 @@ class BulkSender:
 
     def _send_batch(self, batch: list[tuple[int, int]], *, changes: bool) -> None:
         claimed = list(self._claim(batch))
-        if not claimed:
+        if claimed:
+            self._send_claimed(claimed, changes=changes)
+
+    def _resolve(self) -> None:
+        """Have the destination say which references it could not follow, and send those pages."""
+        if self._lookup is None or not self._lookup.open:
             return
+        self._channel.send_message(messages.encode(messages.Resolve()))
+        asked = PageSet(self._outbox.pages)
+        while (frame := self._channel.receive(_ANSWER_S)).kind is not Kind.MESSAGE:
+            if frame.kind is not Kind.REQUEST:
+                raise PeerError(f"a {frame.kind.name} frame came back on the bulk stream")
+            asked |= PageSet.from_numbers(self._outbox.pages, np.array(self._channel.requested(frame)))
+        messages.expect(frame.payload, messages.Resolved)
+        if len(asked) > self._lookup.open:
+            raise PeerError(f"the destination asks for {len(asked)} pages of {self._lookup.open} that went as blocks")
+        self._lookup.asked(len(asked))
+        self._outbox.count_blocks(0, len(asked), self._share.number)
+        for batch in batches(asked.runs()):
+            self._send_claimed(batch, changes=False, by_block=False)
+
+    def _send_claimed(self, claimed: list[tuple[int, int]], *, changes: bool, by_block: bool = True) -> None:
         self._packer.begin()
         at = 0
         for first, count in claimed:
@@ -197,7 +231,7 @@ class BulkSender:
             zero |= np.concatenate([self._outbox.rank[first : first + count] == NEVER for first, count in claimed])
         if self._outbox.digests is not None:
             note_digests(self._outbox.digests, claimed, content, zero)
-        self._packer.send(claimed, content, zero, changes=changes)
+        self._packer.send(claimed, content, zero, changes=changes, by_block=by_block)
 
     def _claim(self, batch: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         for first, count in batch:

@@ -33,21 +33,23 @@ from outboard.migrate.findings import Findings
 from outboard.migrate.hinting import Hints
 from outboard.migrate.line import Line
 from outboard.migrate.method import EARLY_SECONDS, Method, Options
-from outboard.migrate.outbox import NEVER, Outbox
+from outboard.migrate.outbox import Outbox
 from outboard.migrate.progress import Watch
+from outboard.migrate.references import References
 from outboard.migrate.rounds import Rounds
 from outboard.migrate.sending import Done, Send
 from outboard.migrate.stale import Stale
 from outboard.migrate.states import Event, Machine, State, Where
 from outboard.migrate.steering import STEP_S, Speakers, Steering
 from outboard.migrate.streams import suggested
+from outboard.migrate.worker import Worker
 from outboard.pages import LARGE, PAGE_SIZE
-from outboard.pages.pageset import PageSet
 from outboard.trace.writes import open_write_trace, traces_pages
 from outboard.vmm import qemu_process
 from outboard.vmm.device_state import Departure, take_back
 from outboard.vmm.guest import QemuGuest
 from outboard.vmm.large_pages import collapse, large_mappings
+from outboard.vmm.spec import parse_spec
 
 
 class Outgoing:
@@ -55,9 +57,10 @@ class Outgoing:
 
     :param spec: the VM's spec as TOML, for the destination.
     :param directory: for the unix socket of QEMU's device state.
-    :param identity: the directory of this host's TLS identity.
+    :param identity: the directory of this host's TLS identity. :param indexes: that of the disk images' indexes.
     :param began: when the command came, CLOCK_MONOTONIC.
     :param before_commit: called just before the VM is given away.
+    :param free: called when its QEMU has ended; gives back its memory's file.
     :param throttle_gain: of the VM's migration before; see :mod:`outboard.migrate.throttle`.
     :param running: the guest runs; False: it is paused, and stays so wherever it is.
 
@@ -74,11 +77,13 @@ class Outgoing:
         spec: str,
         directory: Path,
         identity: Path,
+        indexes: Path,
         desk: Desk,
         began: float,
         throttle_gain: float,
         running: bool,
         before_commit: Callable[[], None],
+        free: Callable[[], None],
     ) -> None:
         self.migration = migration
         self.guest = guest
@@ -95,7 +100,7 @@ class Outgoing:
         self.watch = Watch(migration, guest.name, options, self.machine, desk, time.monotonic, began)
         self.watch.outbox = self.outbox
         self._spec, self._directory = spec, directory
-        self._throttle_gain, self._before_commit = throttle_gain, before_commit
+        self._throttle_gain, self._before_commit, self._free = throttle_gain, before_commit, free
         self._running = running
         self._departure: Departure | None = None
         self._early: list[tuple[int, int]] = []
@@ -103,8 +108,19 @@ class Outgoing:
         self._cleanup = contextlib.ExitStack()
         self._steering = Steering(self.machine, self.watch, desk, self.outbox, destination.name)
         self._steering.listen(self._speakers)
+        disks = parse_spec(spec, f"the spec of {guest.name}").disks
+        self.references = References(disks, indexes, enabled=options.blocks == "auto")
+        self._cleanup.callback(self.references.close)
         self.line = Line(
-            migration, guest, self.outbox, destination, identity, self._steering, self._ready, options.compress
+            migration,
+            guest,
+            self.outbox,
+            destination,
+            identity,
+            self._steering,
+            self._ready,
+            options.compress,
+            self.references,
         )
         self._cleanup.callback(self.line.hang_up)
         self._hints = Hints(guest, self.outbox, options, self._steering, self.findings, self._classed)
@@ -156,11 +172,20 @@ class Outgoing:
             yield
             # The VM is whole over there: what is left here is memory to give back.
             qemu_process.end(self._vmm)
+            self._free()
+            self.findings.total_s = self.watch.elapsed
+            self._hear_of_large()
         except BaseException as error:
             self._fail(error)
             raise
         finally:
             self._cleanup.close()
+
+    def _hear_of_large(self) -> None:
+        if self._large and self.line.is_open:
+            with contextlib.suppress(OutboardError):
+                rebuilt = self.line.await_message(messages.Rebuilt)
+                self.findings.large_mappings_after = rebuilt.large_mappings
 
     def _fail(self, error: BaseException) -> None:
         begun = self.machine.state not in (State.NEW, State.PREPARING)
@@ -231,6 +256,9 @@ class Outgoing:
         )
         if self._needs_trace:
             self._arm()
+        if self.references.wanted:
+            indexing = Worker("outboard-index", lambda _: self.references.make_indexes())
+            self._cleanup.callback(indexing.end)
         ranking.rank_all(self.outbox, guest.memory.populated())
         with self._hints.gathering(self._stale.trace):
             self._departure = Departure(guest, self._directory, running=self._running)
@@ -260,6 +288,8 @@ class Outgoing:
         if self._large:
             early = not self.options.method.resumes_early
             self.line.control.send_pages(messages.LARGE, self._large, messages.Large(early=early))
+        if self.references.wanted:
+            self.line.control.send(self.references.ask())
         self._steering.on(Event.READY)
         self._send_early()
 
@@ -347,7 +377,7 @@ class Outgoing:
         self.line.digests = bytearray()
         self.line.control.send(messages.Digests())
         self.line.await_message(messages.Digests, timeout=120)
-        live = PageSet.from_mask(self.outbox.rank != NEVER)
+        live = self.outbox.live()
         theirs: NDArray[np.uint64] = np.frombuffer(self.line.digests, dtype="<u8").astype(np.uint64)
         ours = digests(self.guest, live)
         if theirs.size != ours.size:

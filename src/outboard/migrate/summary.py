@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from outboard.errors import OutboardError
-from outboard.migrate.outbox import NEVER
 from outboard.migrate.report import Summary
 from outboard.migrate.source import Outgoing
 from outboard.pages import PAGE_SIZE
@@ -19,9 +18,9 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
 
     :param source: this host's name.
     """
-    elapsed = outgoing.watch.elapsed
-    sent = outgoing.outbox.statistics()
     found = outgoing.findings
+    elapsed = outgoing.watch.elapsed if found.total_s is None else found.total_s
+    sent = outgoing.outbox.statistics()
     arrived, copied = found.arrived, outgoing.copied
     return Summary(
         migration=outgoing.migration,
@@ -41,7 +40,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         data_pages=sent.data_pages,
         zero_pages=sent.zero_pages,
         urgent_pages=sent.urgent_pages,
-        never_sent_pages=int((outgoing.outbox.rank == NEVER).sum()),
+        never_sent_pages=outgoing.guest.pages - len(outgoing.outbox.live()),
         resent_pages=found.resent_pages,
         hints=found.hints,
         trace=found.trace,
@@ -57,7 +56,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         fault_p99_us=None if arrived is None else arrived.fault_p99_us,
         mapped_before_resume=None if arrived is None else arrived.mapped_before_resume,
         large_mappings_before=found.large_mappings,
-        large_mappings_after=None if arrived is None else arrived.large_mappings,
+        large_mappings_after=found.large_mappings_after,
         bulk_rate=found.bulk_rate,
         verified=found.verified,
         queues=found.queues,
@@ -72,6 +71,9 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         packed_bytes=sent.content.packed_bytes,
         reference_pages=sent.content.same_pages,
         changed_pages=sent.content.changed_pages,
+        pages_by_block=sent.content.block_pages,
+        refused_blocks=sent.content.refused_blocks,
+        blocks=outgoing.references.words,
         codecs={coder.name: pages for coder, pages in zip(CODERS, sent.content.codec_pages, strict=True) if pages},
         codec_s=sent.content.codec_ns / 1e9,
     )

@@ -22,6 +22,7 @@ from outboard.errors import KernelError, OutboardError
 from outboard.linux.userfaultfd import Features, Mode
 from outboard.pager import batches, placing
 from outboard.pages import PAGE_SIZE
+from outboard.pages.labels import put
 from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.residency import Residency, Where
 from outboard.pages.shared import shared_array
@@ -56,6 +57,8 @@ class ArrivingMemory:
     def _hold(self, guest: Guest, journal: Path, clamp: Clamp) -> None:
         self.guest = guest
         self.residency = Residency(guest.pages, journal, arriving=True)
+        # Looked through once now, so that it need not be mapped while the guest stands still.
+        self.residency.count(Where.RESIDENT)
         self.waiting: NDArray[np.uint8] = shared_array(guest.pages, np.uint8)
         self._running: NDArray[np.uint8] = shared_array(1, np.uint8)
         self._clamp = clamp
@@ -76,7 +79,7 @@ class ArrivingMemory:
         memory._hold(guest, journal, clamp)
         memory.run()
         # What is present is the truth: the engine may have died before it noted a page that it had placed.
-        memory.residency.where[memory._present().mask()] = Where.RESIDENT
+        put(memory.residency.where, memory._present(), Where.RESIDENT)
         memory.wake_all()
         return memory
 
@@ -139,8 +142,7 @@ class ArrivingMemory:
 
     def note_zero_set(self, pages: PageSet) -> None:
         """Know that all absent pages of a large set read as zeros, at once; what is present stays."""
-        where = self.residency.where
-        where[pages.mask() & (where == Where.PEER)] = Where.ZERO
+        put(self.residency.where, pages, Where.ZERO, over=Where.PEER)
         for region in self.guest.regions:
             self.uffd.wake(region.hva, region.pages * PAGE_SIZE)
 

@@ -17,6 +17,7 @@ from outboard.linux.userfaultfd import EventKind
 from outboard.pager.latency import Latencies, LatencyHistogram
 from outboard.pager.serving import AT_ONCE, MESSAGE_WORDS, MOST_SPACES, Count, Desk, Reason, State, Table, serve
 from outboard.pages import PAGE_SIZE
+from outboard.pages.shared import shared_array
 
 SPIN_NS = 30_000
 
@@ -37,6 +38,7 @@ class FaultStatistics:
     raced: int
     again: int
     damaged: int
+    disk: int
     latencies: Latencies
 
 
@@ -55,7 +57,7 @@ class FaultServer:
             messages=np.zeros(AT_ONCE * MESSAGE_WORDS, dtype=np.uint64),
             polled=np.zeros(MOST_SPACES + 1, dtype=np.uint64),
             retries=np.zeros((4 * AT_ONCE, 3), dtype=np.int64),
-            staging=np.zeros(PAGE_SIZE, dtype=np.uint8),
+            staging=shared_array(PAGE_SIZE, np.uint8),
             room=np.zeros(5, dtype=np.int64),
             state=np.zeros(State.SIZE, dtype=np.int64),
             counts=np.zeros(Count.SIZE, dtype=np.int64),
@@ -141,6 +143,6 @@ class FaultServer:
 
     def statistics(self) -> FaultStatistics:
         """A frozen snapshot."""
-        pool, file, zero, minor, protected, left, raced, again, damaged = self._desk.counts.tolist()
+        pool, file, zero, minor, protected, left, raced, again, damaged, disk = self._desk.counts.tolist()
         latencies = self._histogram.statistics()
-        return FaultStatistics(pool, file, zero, minor, protected, left, raced, again, damaged, latencies)
+        return FaultStatistics(pool, file, zero, minor, protected, left, raced, again, damaged, disk, latencies)

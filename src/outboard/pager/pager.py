@@ -2,8 +2,9 @@
 
 Eviction, in batches: claim the pages, write-protect them, read them through the guest's file, put them into the store,
 note that in the residency, punch them, give the claims up and wake whoever came meanwhile. A page of zeros goes
-nowhere: that it is one is all there is to keep. Fetching is the reverse, ahead of a fault; whichever of the two comes
-first has the page. Why nothing is lost on the way, not even by dying, is told in :mod:`outboard.pages.residency`.
+nowhere: that it is one is all there is to keep; nor does a page that a disk of the guest's holds. Fetching is the
+reverse, ahead of a fault; whichever of the two comes first has the page. Why nothing is lost on the way, not even by
+dying, is told in :mod:`outboard.pages.residency`.
 
 Sources: userfaultfd(2), ioctl_userfaultfd(2), fallocate(2).
 """
@@ -12,23 +13,32 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError, RefusedError
+from outboard.linux import ptrace
 from outboard.linux.hand import await_none
 from outboard.linux.userfaultfd import Features, Mode
 from outboard.pager import batches
 from outboard.pager.faults import FaultServer, FaultStatistics
+from outboard.pager.on_disk import OnDisk
 from outboard.pager.overlay import Overlay, overlaid
-from outboard.pager.serving import Table
+from outboard.pager.serving import LENDER, Table
 from outboard.pages import PAGE_SIZE
-from outboard.pages.content import zero_pages
+from outboard.pages.content import page_digests, zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
+from outboard.pages.shared import shared_array
+from outboard.stores import disk
 from outboard.stores.file import FileStore
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
@@ -43,8 +53,11 @@ _FEATURES = (
     | Features.EVENT_UNMAP
 )
 _MODE = Mode.MISSING | Mode.MINOR | Mode.WP
+_SYS_MADVISE = 28
 _BATCH = 256
 """Pages: a megabyte in transit, and nobody waits longer for a page than such a batch takes."""
+_LANES = 3
+"""Batches that are evicted side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,7 @@ class PagerStatistics:
     zero: int
     pool: int
     file: int
+    disk: int
     shared: int
     evicted: int
     zeros: int
@@ -72,6 +86,7 @@ class Pager:
     :param residency: where they are; of an engine that has died, where it left them.
     :param stores: where pages may go: ``Where.POOL``, ``Where.FILE``, or both.
     :param clamp: the hold on a guest whose VMM has handed it over; the pager's own when not given.
+    :param on_disk: what the guest's disks hold.
     :raise RefusedError: ``large-pages``; ``anonymous-memory``; ``no-write-protection``; ``uffd-taken``.
     :raise KernelError: the kernel refused.
 
@@ -81,7 +96,12 @@ class Pager:
     """
 
     def __init__(
-        self, guest: Guest, residency: Residency, stores: Mapping[Where, FileStore], clamp: Clamp | None = None
+        self,
+        guest: Guest,
+        residency: Residency,
+        stores: Mapping[Where, FileStore],
+        clamp: Clamp | None = None,
+        on_disk: OnDisk | None = None,
     ) -> None:
         if clamp is not None and not clamp.mode & Mode.WP:
             raise RefusedError(
@@ -104,9 +124,12 @@ class Pager:
         self.guest = guest
         self.residency = residency
         self._stores = stores
+        self._on_disk = on_disk
         self._regions = guest.memory.table()
         self._claimed: NDArray[np.uint8] = np.zeros(guest.pages, dtype=np.uint8)
-        self._staging: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE, dtype=np.uint8)
+        # On whole pages, as files that go past the page cache ask.
+        self._staging: NDArray[np.uint8] = shared_array(_BATCH * PAGE_SIZE, np.uint8)
+        self._counting = threading.Lock()
         self._evicted = self._zeros = self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
         self.overlay: Overlay | None = None
@@ -124,11 +147,14 @@ class Pager:
         self._faults.start()
 
     def _table(self) -> Table:
-        files: NDArray[np.int32] = np.full(max(Where) + 1, -1, dtype=np.int32)
+        files: NDArray[np.int32] = np.full(max(Where) + 2, -1, dtype=np.int32)
+        lent = np.empty(0, dtype=np.int64)
         taken, digests = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint64)
         arrays = dict.fromkeys(STORED, (taken, digests))
         for where, store in self._stores.items():
             files[where] = store.fileno()
+            if store.lent.size:
+                files[LENDER], lent = store.lender(), store.lent
             arrays[where] = store.taken, digests if store.digests is None else store.digests
         return Table(
             self._regions,
@@ -138,6 +164,10 @@ class Pager:
             files,
             *arrays[Where.POOL],
             *arrays[Where.FILE],
+            lent,
+            np.empty(0, dtype=np.int32) if self._on_disk is None else self._on_disk.store.files,
+            digests if self._on_disk is None else self._on_disk.digests,
+            taken if self._on_disk is None else self._on_disk.known,
         )
 
     def _recover(self) -> None:
@@ -242,7 +272,10 @@ class Pager:
         self._everywhere("UFFDIO_WAKE", runs)
 
     def protect(self, runs: Runs, protected: bool) -> None:
-        """Write-protect runs, or lift that and wake who waits to write."""
+        """Write-protect runs, or lift that and wake who waits to write; what a disk held of them is not known on."""
+        if self._on_disk is not None:
+            for first, count in runs.tolist():
+                self._on_disk.known[first : first + count] = 0
         self._everywhere("UFFDIO_WRITEPROTECT", runs, int(protected))
 
     def punch(self, runs: Runs) -> None:
@@ -263,32 +296,148 @@ class Pager:
         :raise KernelError: the kernel refused; a page is where it was or where it was going, never neither.
         """
         store = self._stores[to]
+        candidates = pages & self.residency.pages_at(Where.RESIDENT)
+        if len(candidates) <= _BATCH:
+            return sum(self._evict_batch(claimed, to, store, self._staging) for claimed in self.claims(candidates))
+        return self._evict_side_by_side(candidates, to, store)
+
+    def _evict_side_by_side(self, candidates: PageSet, to: Where, store: FileStore) -> int:
+        """While one batch is written to the disk the next one is read out of the guest."""
+        stagings = [self._staging, *(shared_array(_BATCH * PAGE_SIZE, np.uint8) for _ in range(_LANES - 1))]
+        flying: deque[tuple[Future[int], NDArray[np.uint8]]] = deque()
         went = 0
-        for claimed in self.claims(pages & self.residency.pages_at(Where.RESIDENT)):
-            try:
-                self._put_away(claimed, to, store)
-                went += claimed.size
-                self._evicted += claimed.size
-            finally:
-                self.give_up(claimed)
+        with ThreadPoolExecutor(_LANES) as lanes:
+            for claimed in self.claims(candidates):
+                flying.append((lanes.submit(self._evict_batch, claimed, to, store, stagings[-1]), stagings.pop()))
+                if not stagings:
+                    batch, staging = flying.popleft()
+                    # What is still under way is waited for when this one has failed.
+                    went += batch.result()
+                    stagings.append(staging)
+            went += sum(batch.result() for batch, _ in flying)
         return went
 
-    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore) -> None:
+    def _evict_batch(self, claimed: NDArray[np.int64], to: Where, store: FileStore, staging: NDArray[np.uint8]) -> int:
+        try:
+            self._put_away(claimed, to, store, staging)
+        finally:
+            self.give_up(claimed)
+        return claimed.size
+
+    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore, staging: NDArray[np.uint8]) -> None:
         runs = self.runs_of(numbers)
-        content = self._staging[: numbers.size * PAGE_SIZE]
+        content = staging[: numbers.size * PAGE_SIZE]
         try:
             self._everywhere("UFFDIO_WRITEPROTECT", runs, 1)
             self._ask("pread", batches.read(self._regions, runs, content))
             zero = zero_pages(content)
-            kept = content.reshape(-1, PAGE_SIZE)[~zero].reshape(-1) if zero.any() else content
+            on_disk, blocks = self._look_up(numbers, content, zero)
+            gone = zero | on_disk
+            kept = content.reshape(-1, PAGE_SIZE)[~gone].reshape(-1) if gone.any() else content
             locators = store.put(kept)
         except BaseException:
+            self._forget_known(numbers)
             self._everywhere("UFFDIO_WRITEPROTECT", runs, 0)
             raise
-        self.residency.went(numbers[~zero], to, locators)
+        self.residency.went(numbers[~gone], to, locators)
+        self.residency.went(numbers[on_disk], Where.DISK, blocks)
         self.residency.where[numbers[zero]] = Where.ZERO
-        self._zeros += int(np.count_nonzero(zero))
-        self.punch(runs)
+        self._forget_known(numbers)
+        with self._counting:
+            self._evicted += numbers.size
+            self._zeros += int(np.count_nonzero(zero))
+        self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
+
+    def _look_up(
+        self, numbers: NDArray[np.int64], content: NDArray[np.uint8], zero: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
+        """Which of the pages a disk holds, and the locators of these; their digests are noted."""
+        if self._on_disk is None:
+            return np.zeros(numbers.size, dtype=np.bool_), np.empty(0, dtype=np.uint64)
+        digests = page_digests(content)
+        image, block = self._on_disk.finder.find(content, digests, zero)
+        found = image != disk.NONE
+        self._on_disk.digests[numbers[found]] = digests[found]
+        return found, disk.locators(image[found], block[found])
+
+    def _forget_known(self, numbers: NDArray[np.int64]) -> None:
+        if self._on_disk is not None:
+            self._on_disk.known[numbers] = 0
+
+    def learn(self, pages: PageSet) -> int:
+        """Find those of ``pages`` that are resident on the guest's disks, and know them until they are written to.
+
+        The first write to such a page takes a fault. What is known can be replaced when its memory fails.
+
+        :return: how many are known now.
+        :raise KernelError: the kernel refused.
+        """
+        if self._on_disk is None:
+            return 0
+        for numbers in self.claims(pages & self.residency.pages_at(Where.RESIDENT)):
+            runs = self.runs_of(numbers)
+            content = self._staging[: numbers.size * PAGE_SIZE]
+            try:
+                self._everywhere("UFFDIO_WRITEPROTECT", runs, 1)
+                self._ask("pread", batches.read(self._regions, runs, content))
+                found, blocks = self._look_up(numbers, content, zero_pages(content))
+                self.residency.locator[numbers[found]] = blocks
+                self._on_disk.known[numbers[found]] = 1
+                others = self.runs_of(numbers[~found])
+                self._everywhere("UFFDIO_WRITEPROTECT", others, 0)
+            finally:
+                batches.release(self._claimed, numbers)
+                self._everywhere("UFFDIO_WAKE", runs)
+        return int(np.count_nonzero(self._on_disk.known))
+
+    def replace(self, page: int) -> None:
+        """Put a page whose memory has failed back, as a disk holds it; the guest runs meanwhile.
+
+        :raise RefusedError: ``not-on-disk``: no disk is known to hold what the page held last; it is as it was.
+        :raise DamagedPageError: the disk holds it no longer.
+        :raise KernelError: the kernel refused.
+        """
+        if not 0 <= page < self.guest.pages:
+            raise RefusedError("no-such-page", f"{self.guest.name} has pages 0 to {self.guest.pages - 1}, not {page}")
+        number = np.array([page], dtype=np.int64)
+        while not batches.claim(self._claimed, number, np.empty(1, dtype=np.bool_)):
+            time.sleep(0.0001)
+        runs = self.runs_of(number)
+        try:
+            if self._on_disk is None or not self._on_disk.known[page] or self.residency.where[page] != Where.RESIDENT:
+                raise RefusedError(
+                    "not-on-disk",
+                    f"page {page} of {self.guest.name} is not known to lie on any of its disks as it was last: it was "
+                    "written since, or no disk ever held it; what it held is lost",
+                )
+            content = self._staging[:PAGE_SIZE]
+            digest = self._on_disk.digests[number]
+            self._on_disk.store.fetch(self.residency.locator[number], digest, content)
+            self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
+            # A mark of the failure in the page table outlives the page.
+            self._unmap(page)
+            self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
+            self._on_disk.known[page] = 0
+        finally:
+            batches.release(self._claimed, number)
+            self._everywhere("UFFDIO_WAKE", runs)
+
+    def _unmap(self, page: int) -> None:
+        row = self._regions[batches.row_of(self._regions, page)]
+        address = int(row[2] + (page - row[0]) * PAGE_SIZE)
+        with ptrace.Stopped(self.guest.pid, self.guest.emulator_thread()) as target:
+            target.syscall("madvise(DONTNEED)", _SYS_MADVISE, address, PAGE_SIZE, mmap.MADV_DONTNEED)
+
+    def _kinds(self) -> list[Where]:
+        """Where pages may be that can be brought back."""
+        return [*self._stores, *([] if self._on_disk is None else [Where.DISK])]
+
+    def _read(self, numbers: NDArray[np.int64], at: Where, content: NDArray[np.uint8]) -> None:
+        locators = self.residency.locator[numbers]
+        if at is Where.DISK and self._on_disk is not None:
+            self._on_disk.store.fetch(locators, self._on_disk.digests[numbers], content)
+        else:
+            self._stores[at].fetch(locators, content)
 
     def fetch(self, pages: PageSet) -> int:
         """Bring those of ``pages`` that are in stores back, ahead of a fault; how many came.
@@ -298,37 +447,38 @@ class Pager:
         """
         came = 0
         damage: DamagedPageError | None = None
-        for where, store in self._stores.items():
+        for where in self._kinds():
             for claimed in self.claims(pages & self.residency.pages_at(where)):
                 # A fault may have brought some between the look and the claim.
                 numbers = np.ascontiguousarray(claimed[self.residency.where[claimed] == where])
                 try:
-                    self._bring_back(numbers, store)
+                    self._bring_back(numbers, where)
                     came += numbers.size
                 except DamagedPageError as error:
                     damage = error
-                    came += self._bring_what_is_whole(numbers, store)
+                    came += self._bring_what_is_whole(numbers, where)
                 finally:
-                    self.give_up(claimed)
+                    batches.release(self._claimed, claimed)
+                    self._everywhere("UFFDIO_WAKE", self.runs_of(claimed))
         self._fetched += came
         if damage is not None:
             raise damage
         return came
 
-    def _bring_back(self, numbers: NDArray[np.int64], store: FileStore) -> None:
+    def _bring_back(self, numbers: NDArray[np.int64], at: Where) -> None:
         content = self._staging[: numbers.size * PAGE_SIZE]
-        locators = self.residency.locator[numbers]
-        store.fetch(locators, content)
+        self._read(numbers, at, content)
         runs = self.runs_of(numbers)
         self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
         self.residency.returned(numbers)
-        store.drop(locators)
+        if at is not Where.DISK:
+            self._stores[at].drop(self.residency.locator[numbers])
 
-    def _bring_what_is_whole(self, numbers: NDArray[np.int64], store: FileStore) -> int:
+    def _bring_what_is_whole(self, numbers: NDArray[np.int64], at: Where) -> int:
         came = 0
         for page in np.split(numbers, numbers.size):
             with contextlib.suppress(DamagedPageError):
-                self._bring_back(page, store)
+                self._bring_back(page, at)
                 came += 1
         return came
 
@@ -349,7 +499,7 @@ class Pager:
         :raise DamagedPageError, KernelError: as :meth:`fetch`; the guest is still managed then.
         """
         self.stop_sharing()
-        while any(self.residency.count(where) for where in self._stores):
+        while any(self.residency.count(where) for where in self._kinds()):
             self.fetch(PageSet.full(self.guest.pages))
         self._faults.close()
         self._clamp.release()
@@ -377,6 +527,7 @@ class Pager:
             zero=counts[Where.ZERO],
             pool=counts[Where.POOL],
             file=counts[Where.FILE],
+            disk=counts[Where.DISK],
             shared=counts[Where.SHARED],
             evicted=self._evicted,
             zeros=self._zeros,

@@ -44,6 +44,11 @@ class Rebuilding:
         """Whether there is anything to do."""
         return bool((self._blocks == _WANTED).any())
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there was ever anything to do."""
+        return bool(self._blocks.any())
+
     def want(self, pages: PageSet) -> None:
         """Rebuild those of ``pages`` that are whole blocks."""
         self._blocks[pages.whole(LARGE).mask()[::LARGE][: self._blocks.size]] = _WANTED
@@ -68,10 +73,16 @@ class Rebuilding:
     def count(self) -> int:
         """How many large mappings there are, once the memory is the VMM's own; what could not be before is rebuilt."""
         guest = self._memory.guest
+        # The guest runs, and nobody waits for this.
+        sched.favour_this_process(0)
         if self._memory.unit == 1:
             wanted = np.flatnonzero(self._blocks != _NO) * LARGE
             blocks = PageSet.from_runs(guest.pages, np.column_stack((wanted, np.full(wanted.size, LARGE))))
-            collapse(guest, blocks - large_mappings(guest))
+            # A block without any memory is refused; with one page of zeros it is not.
+            empty = collapse(guest, blocks - large_mappings(guest)) - guest.memory.populated().widened(LARGE)
+            for first in empty.numbers()[::LARGE].tolist():
+                guest.memory.allocate(first, 1)
+            collapse(guest, empty)
         return len(large_mappings(guest)) // LARGE
 
     def _complete(self) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ MINOR        any                 map it: UFFDIO_CONTINUE
 none         RESIDENT, ZERO      the page was never written: UFFDIO_ZEROPAGE
 none         SHARED              wake: it is mapped from the sharing pool by now
 none         POOL, FILE          read the slot, compare its digest, UFFDIO_COPY; then RESIDENT; then the slot is free
+none         DISK                the same, of a block of the VM's disk, which stays
 ===========  ==================  =====================================================================
 
 A page that is being evicted or fetched is *claimed*; so is one that is being answered for. Whoever fails to claim a
@@ -50,6 +51,8 @@ from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digest
 from outboard.pages.residency import Where
 from outboard.pages.shared import claim_one, release_one
+from outboard.stores.disk import IMAGE_SHIFT
+from outboard.stores.reservation import UNIT_PAGES
 
 MESSAGE_WORDS = 4
 """struct uffd_msg in words of eight bytes: event, flags, address, thread."""
@@ -99,15 +102,18 @@ class Count(IntEnum):
     RACED = 6
     AGAIN = 7
     DAMAGED = 8
-    SIZE = 9
+    DISK = 9
+    SIZE = 10
 
 
 _PAGEFAULT, _UNMAP = int(EventKind.PAGEFAULT), int(EventKind.UNMAP)
 _WP_FAULT, _MINOR_FAULT = int(FaultFlag.WP), int(FaultFlag.MINOR)
 _COPY, _ZEROPAGE, _CONTINUE = UFFDIO_COPY.number, UFFDIO_ZEROPAGE.number, UFFDIO_CONTINUE.number
 _PROTECT, _WAKE, _POISON = UFFDIO_WRITEPROTECT.number, UFFDIO_WAKE.number, UFFDIO_POISON.number
-_PEER, _RESIDENT, _POOL = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL)
 _SHARED = int(Where.SHARED)
+_PEER, _RESIDENT, _POOL, _FILE = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL), int(Where.FILE)
+_DISK, _BLOCK = int(Where.DISK), np.uint64((1 << IMAGE_SHIFT) - 1)
+LENDER = _LENDER = int(max(Where)) + 1
 _DONT_WAKE = 2
 """UFFDIO_WRITEPROTECT_MODE_DONTWAKE."""
 _EEXIST, _EAGAIN, _ENOENT, _ESRCH = errno.EEXIST, errno.EAGAIN, errno.ENOENT, errno.ESRCH
@@ -117,13 +123,18 @@ _DAMAGED = -4096
 _S_AT, _S_COUNT, _S_SPACE, _S_RETRIES, _S_DETAIL = (int(one) for one in list(State)[:5])
 _C_POOL, _C_ZERO, _C_MINOR, _C_WP = int(Count.POOL), int(Count.ZERO), int(Count.MINOR), int(Count.WP)
 _C_LEFT, _C_RACED, _C_AGAIN, _C_DAMAGED = int(Count.LEFT), int(Count.RACED), int(Count.AGAIN), int(Count.DAMAGED)
+_C_DISK = int(Count.DISK)
 _R_COMMAND, _R_EVENT, _R_GONE, _R_DAMAGED, _R_FAILED = (int(one) for one in Reason)
 
 
 class Table(NamedTuple):
     """What a fault is looked up in; all of it live.
 
-    ``regions`` (int64, three a row): first page, pages, HVA. ``files``: the descriptor of each store, by ``Where``.
+    ``regions`` (int64, three a row): first page, pages, HVA. ``files``: the descriptor of each store, by ``Where``, and
+    at ``LENDER`` that of who lends units to the swap file. ``file_lent``: for each unit of the swap file, the unit of
+    the lender that stands for it, plus 2; below that it is its own. ``images``: the descriptors of disk images, by
+    number; ``disk_digests`` and ``known`` by page, the latter 1 while nobody has written to a page that a disk is known
+    to hold.
     """
 
     regions: NDArray[np.int64]
@@ -135,6 +146,10 @@ class Table(NamedTuple):
     pool_digests: NDArray[np.uint64]
     file_taken: NDArray[np.uint8]
     file_digests: NDArray[np.uint64]
+    file_lent: NDArray[np.int64]
+    images: NDArray[np.int32]
+    disk_digests: NDArray[np.uint64]
+    known: NDArray[np.uint8]
 
 
 class Desk(NamedTuple):
@@ -153,7 +168,7 @@ class Desk(NamedTuple):
 _REGIONS = types.int64[:, ::1]
 _I4, _I8, _U1, _U8 = types.int32[::1], types.int64[::1], types.uint8[::1], types.uint64[::1]
 _TABLE = types.NamedTuple(  # type: ignore[no-untyped-call]
-    (_REGIONS, _U1, _U8, _U1, _I4, _U1, _U8, _U1, _U8), Table
+    (_REGIONS, _U1, _U8, _U1, _I4, _U1, _U8, _U1, _U8, _I8, _I4, _U8, _U1), Table
 )
 _DESK = types.NamedTuple(  # type: ignore[no-untyped-call]
     (_U8, _U8, types.int64[:, ::1], _U1, _I8, _I8, _I8, _U8), Desk
@@ -197,18 +212,43 @@ def _unprotect(uffd: int, room: NDArray[np.int64], hva: int, mode: int) -> int:
     return native.ioctl(uffd, _PROTECT, room.ctypes.data)
 
 
+@njit(types.int64(types.int32, _I8, types.int64, _DESK), cache=True, nogil=True)
+def _poison(uffd: int, room: NDArray[np.int64], hva: int, desk: Desk) -> int:
+    # Punching leaves the mark of the protection in the page table, and a mark is not poisoned.
+    _unprotect(uffd, room, hva, _DONT_WAKE)
+    _settle(uffd, _POISON, room, hva)
+    desk.counts[_C_DAMAGED] += 1
+    return _DAMAGED
+
+
+@njit(types.int64(types.int32, _I8, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+def _from_disk(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: Table, desk: Desk) -> int:
+    image = np.int64(table.locator[page] >> np.uint64(IMAGE_SHIFT))
+    offset = int(np.int64(table.locator[page] & _BLOCK)) * PAGE_SIZE
+    source = desk.staging.ctypes.data
+    got = native.pread(table.images[image], source, PAGE_SIZE, offset) if image < table.images.size else 0
+    if got != PAGE_SIZE or page_digest(source) != table.disk_digests[page]:
+        return _poison(uffd, room, hva, desk)
+    answer = _place(uffd, room, hva, source)
+    if answer == 0 or answer == -_EEXIST:  # compiled as it stands
+        table.where[page] = _RESIDENT
+        desk.counts[_C_DISK] += 1
+    return answer
+
+
 @njit(types.int64(types.int32, _I8, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
 def _from_store(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: Table, desk: Desk) -> int:
     at, slot = table.where[page], int(np.int64(table.locator[page]))
     taken, digests = (table.pool_taken, table.pool_digests) if at == _POOL else (table.file_taken, table.file_digests)
     source = desk.staging.ctypes.data
-    got = native.pread(table.files[at], source, PAGE_SIZE, slot * PAGE_SIZE)
+    file, place = table.files[at], slot
+    if at == _FILE and table.file_lent.size:
+        lent = table.file_lent[slot // UNIT_PAGES]
+        if lent >= 2:
+            file, place = table.files[_LENDER], (lent - 2) * UNIT_PAGES + slot % UNIT_PAGES
+    got = native.pread(file, source, PAGE_SIZE, place * PAGE_SIZE)
     if got != PAGE_SIZE or (digests.size and page_digest(source) != digests[slot]):
-        # Punching leaves the mark of the protection in the page table, and a mark is not poisoned.
-        _unprotect(uffd, room, hva, _DONT_WAKE)
-        _settle(uffd, _POISON, room, hva)
-        desk.counts[_C_DAMAGED] += 1
-        return _DAMAGED
+        return _poison(uffd, room, hva, desk)
     answer = _place(uffd, room, hva, source)
     if answer == 0 or answer == -_EEXIST:  # compiled as it stands
         table.where[page] = _RESIDENT
@@ -224,6 +264,9 @@ def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk
     if not claim_one(table.claimed, page):
         counts[_C_LEFT] += 1
         return 0
+    if page < table.known.size:
+        # Before it can be written, and a page that is mapped anew is no longer protected.
+        table.known[page] = 0
     if flags & _WP_FAULT:
         result = _unprotect(uffd, room, hva, 0)
         counts[_C_WP] += 1
@@ -235,6 +278,8 @@ def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk
         counts[_C_MINOR] += 1
     elif where[page] == _SHARED:
         result = -_EEXIST
+    elif where[page] == _DISK:
+        result = _from_disk(uffd, room, hva, page, table, desk)
     elif where[page] >= _POOL:
         result = _from_store(uffd, room, hva, page, table, desk)
     elif where[page] == _PEER:

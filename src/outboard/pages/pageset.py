@@ -15,15 +15,20 @@ from numpy.typing import NDArray
 Runs = NDArray[np.int64]
 """Shape (n, 2): first page number and count of pages, ascending, no two adjacent."""
 
-_ONES_IN = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
+_EMPTY, _FULL = np.uint64(0), np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
-@njit("int64(uint8[::1], int64, int64[:, ::1])", cache=True, nogil=True)
-def _runs(bits: NDArray[np.uint8], pages: int, out: Runs) -> int:
+@njit("int64(uint8[::1], uint64[::1], int64, int64[:, ::1])", cache=True, nogil=True)
+def _runs(bits: NDArray[np.uint8], words: NDArray[np.uint64], pages: int, out: Runs) -> int:
     found = 0
     inside = False
     page = 0
     while page < pages:
+        if (page & 63) == 0 and page + 64 <= pages:
+            word = words[page >> 6]
+            if word == _FULL if inside else word == _EMPTY:
+                page += 64
+                continue
         byte = bits[page >> 3]
         if (page & 7) == 0 and page + 8 <= pages and ((byte == 0 and not inside) or (byte == 255 and inside)):
             page += 8
@@ -46,6 +51,29 @@ def _runs(bits: NDArray[np.uint8], pages: int, out: Runs) -> int:
     return found
 
 
+@njit("void(uint8[::1], uint64[::1], int64[::1])", cache=True, nogil=True)
+def _numbers(bits: NDArray[np.uint8], words: NDArray[np.uint64], out: NDArray[np.int64]) -> None:
+    found = 0
+    for word in range(words.size + 1):
+        if word < words.size and words[word] == _EMPTY:
+            continue
+        for index in range(word * 8, min(word * 8 + 8, bits.size)):
+            byte = bits[index]
+            page = index * 8
+            while byte:
+                if byte & 1:
+                    out[found] = page
+                    found += 1
+                byte >>= 1
+                page += 1
+
+
+@njit("void(uint8[::1], int64[::1])", cache=True, nogil=True)
+def _mark_each(bits: NDArray[np.uint8], pages: NDArray[np.int64]) -> None:
+    for page in pages:
+        bits[page >> 3] |= np.uint8(1 << (page & 7))
+
+
 @njit("void(uint8[::1], int64[:, ::1], boolean)", cache=True, nogil=True)
 def _mark(bits: NDArray[np.uint8], runs: Runs, present: bool) -> None:
     for index in range(runs.shape[0]):
@@ -53,8 +81,8 @@ def _mark(bits: NDArray[np.uint8], runs: Runs, present: bool) -> None:
         end = page + runs[index, 1]
         while page < end:
             if (page & 7) == 0 and page + 8 <= end:
-                bits[page >> 3] = 255 if present else 0
-                page += 8
+                bits[page >> 3 : end >> 3] = 255 if present else 0
+                page = end & ~7
             else:
                 bit = np.uint8(1 << (page & 7))
                 if present:
@@ -110,9 +138,9 @@ class PageSet:
         """
         if numbers.size and (int(numbers.min()) < 0 or int(numbers.max()) >= pages):
             raise ValueError(f"a page number outside [0, {pages})")
-        mask = np.zeros(pages, dtype=np.bool_)
-        mask[numbers] = True
-        return cls.from_mask(mask)
+        made = cls(pages)
+        _mark_each(made._bits, np.ascontiguousarray(numbers, dtype=np.int64))
+        return made
 
     @classmethod
     def from_mask(cls, mask: NDArray[np.bool_]) -> PageSet:
@@ -125,20 +153,26 @@ class PageSet:
 
     def numbers(self) -> NDArray[np.int64]:
         """The page numbers, ascending."""
-        return np.flatnonzero(self.mask())
+        out: NDArray[np.int64] = np.empty(len(self), dtype=np.int64)
+        _numbers(self._bits, self.words(), out)
+        return out
 
     def runs(self) -> Runs:
         """The set as maximal runs."""
         out = np.empty((64, 2), dtype=np.int64)
-        found = _runs(self._bits, self.pages, out)
+        found = _runs(self._bits, self.words(), self.pages, out)
         if found > out.shape[0]:
             out = np.empty((found, 2), dtype=np.int64)
-            _runs(self._bits, self.pages, out)
+            _runs(self._bits, self.words(), self.pages, out)
         return out[:found]
 
     def bits(self) -> NDArray[np.uint8]:
         """The bitmap itself, little bit order: what crosses the wire."""
         return self._bits
+
+    def words(self) -> NDArray[np.uint64]:
+        """The bitmap again, 64 pages at a time; the last few pages are in none."""
+        return self._bits[: self._bits.size // 8 * 8].view(np.uint64)
 
     def _checked(self, runs: Runs) -> Runs:
         runs = np.ascontiguousarray(runs, dtype=np.int64).reshape(-1, 2)
@@ -201,10 +235,15 @@ class PageSet:
         return PageSet(self.pages, self._bits & ~self._with(other))
 
     def __invert__(self) -> PageSet:
-        return PageSet.full(self.pages) - self
+        bits = ~self._bits
+        if self.pages & 7:
+            bits[-1] &= (1 << (self.pages & 7)) - 1
+        return PageSet(self.pages, bits)
 
     def __len__(self) -> int:
-        return int(_ONES_IN[self._bits].sum(dtype=np.int64))
+        words = self.words()
+        rest = self._bits[words.size * 8 :]
+        return int(np.bitwise_count(words).sum(dtype=np.int64) + np.bitwise_count(rest).sum(dtype=np.int64))
 
     def __bool__(self) -> bool:
         return bool(self._bits.any())

@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from outboard.pages.labels import any_labelled, count, labelled
 from outboard.pages.pageset import PageSet
 from outboard.pages.shared import file_array, shared_array
 
@@ -48,11 +49,13 @@ class Where(IntEnum):
     """In the pool: memory of this host that guests share."""
     FILE = 4
     """In a swap file."""
+    DISK = 5
+    """On a disk of the VM, which held it already: the locator names image and block."""
     SHARED = 7
     """Mapped from a sharing pool, where ``locator`` is its slot; or copied from there by a write (pager/overlay.py)."""
 
 
-STORED = (Where.POOL, Where.FILE)
+STORED = (Where.POOL, Where.FILE, Where.DISK)
 """Where ``locator`` says more."""
 
 
@@ -98,8 +101,12 @@ class Residency:
 
     def pages_at(self, where: Where) -> PageSet:
         """The pages that are at ``where`` now."""
-        return PageSet.from_mask(self.where == where)
+        return labelled(self.where, where)
 
     def count(self, where: Where) -> int:
         """How many pages are at ``where`` now."""
-        return int(np.count_nonzero(self.where == where))
+        return count(self.where, where)
+
+    def any_at(self, where: Where, among: PageSet) -> bool:
+        """Whether one of ``among`` is at ``where`` now."""
+        return any_labelled(self.where, among, where)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,12 +31,13 @@ from outboard.stores.store import StoreStatistics
 class FileStore:
     """``room`` pages in the file at ``path``, made if it is not there; a :class:`~outboard.stores.store.Store`.
 
-    ``taken`` and ``digests`` (None on tmpfs) are the live arrays by slot, for the compiled fault path.
+    ``taken`` and ``digests`` (None on tmpfs) are the live arrays by slot, for the compiled fault path; so is ``lent``,
+    by units of the file, where these may lie in the lender's file instead (empty here: nobody lends anything).
 
     :raise OutboardError: the file is there and was made for another number of pages.
     :raise KernelError: it cannot be opened.
 
-    Synchronization: one thread puts; any fetches and drops.
+    Synchronization: any thread.
     """
 
     def __init__(self, path: Path, room: int) -> None:
@@ -55,11 +57,20 @@ class FileStore:
         except BaseException:
             os.close(self._fd)
             raise
+        self.lent: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._allocating = threading.Lock()
         self._put = self._fetched = 0
 
     def fileno(self) -> int:
         """The file: slot *n* is its page *n*."""
         return self._fd
+
+    def lender(self) -> int:
+        """The file in which lent units lie; -1: there is none."""
+        return -1
+
+    def trim(self) -> None:
+        """Give back, to whom it came from, room that no page is in."""
 
     def put(self, content: NDArray[np.uint8]) -> NDArray[np.uint64]:
         """See :meth:`Store.put`; a write that fails keeps nothing.
@@ -67,7 +78,8 @@ class FileStore:
         :raise StoreFullError: no room in the file, or none on its disk.
         """
         count = content.size // PAGE_SIZE
-        slots = self._slots.allocate(count)
+        with self._allocating:
+            slots = self._slots.allocate(count)
         if slots is None:
             raise StoreFullError(
                 f"{self.path} has room for {self.room} pages, {self._slots.used()} of them taken; {count} more were "

@@ -44,6 +44,8 @@ from outboard.vmm.guest import Guest, Region
 
 _NEAR = LARGE
 """Pages: ranges to look at are rounded to 2 MiB, so that one walk covers neighbours."""
+_STRETCH = 16384
+"""Pages: 64 MiB, of which there are few enough in any guest to ask the file about each."""
 _DENSE = 8
 """Writes to different pages of one block after which a coarse trace lets all of it be: the writer has waited for 100 us
 by then, and to look at 2 MiB takes whoever refines the trace a third of a millisecond."""
@@ -129,15 +131,13 @@ class WriteTrace(ABC):
     def _spans(region: Region, within: PageSet | None) -> list[tuple[int, int]]:
         if within is None:
             return [(region.hva, region.hva + region.pages * PAGE_SIZE)]
-        mask = within.mask()[region.first : region.first + region.pages]
-        blocks = np.zeros(-(-region.pages // _NEAR) * _NEAR, dtype=np.bool_)
-        blocks[: region.pages] = mask
-        touched: NDArray[np.bool_] = np.logical_or.reduce(blocks.reshape(-1, _NEAR), axis=1)
-        near = PageSet.from_mask(touched).runs() * _NEAR
-        ends = np.minimum(near[:, 0] + near[:, 1], region.pages)
+        runs = within.widened(_NEAR).runs()
+        low = np.maximum(runs[:, 0], region.first) - region.first
+        high = np.minimum(runs[:, 0] + runs[:, 1] - region.first, region.pages)
         return [
             (region.hva + first * PAGE_SIZE, region.hva + end * PAGE_SIZE)
-            for first, end in zip(near[:, 0].tolist(), ends.tolist(), strict=True)
+            for first, end in zip(low.tolist(), high.tolist(), strict=True)
+            if first < end
         ]
 
 
@@ -160,7 +160,11 @@ class _Registered(WriteTrace):
 
 
 class PagemapTrace(_Registered):
-    """The asynchronous back end: no message, no thread, no stop."""
+    """The asynchronous back end: no message, no thread, no stop.
+
+    Where the guest's file has no memory in all of 64 MiB nothing is armed: that there is some, later, is what tells of
+    a write. So a trace costs, and its page tables take, what the guest has used, however much it may.
+    """
 
     backend = "pagemap"
 
@@ -171,9 +175,11 @@ class PagemapTrace(_Registered):
         )
         self._pagemap = Pagemap(guest.pid)
         self._owed = PageSet(guest.pages)
+        self._unarmed = PageSet(guest.pages)
         began = time.monotonic_ns()
-        for region in guest.regions:
-            self._scan(region, region.hva, region.hva + region.pages * PAGE_SIZE, rearm=True)
+        if all(region.has_file for region in guest.regions):
+            self._unarmed = ~guest.memory.populated().widened(_STRETCH)
+        super()._walk(~self._unarmed, rearm=True)
         self._armed_ns = time.monotonic_ns() - began
 
     def writers(self, among: PageSet, seconds: float) -> Counter[int]:
@@ -194,10 +200,18 @@ class PagemapTrace(_Registered):
                     self._owed.add(np.array([[block.first, block.pages]], dtype=np.int64))
 
     def _walk(self, within: PageSet | None, *, rearm: bool) -> PageSet:
-        written = super()._walk(within, rearm=rearm) | self._owed
+        armed = ~self._unarmed
+        written = super()._walk(armed if within is None else within & armed, rearm=rearm) | self._owed
+        new = self._guest.memory.populated(self._unarmed)
         if rearm:
             self._owed = PageSet(self._guest.pages)
-        return written
+            if new:
+                stretches = new.widened(_STRETCH)
+                super()._walk(stretches, rearm=True)
+                self._unarmed -= stretches
+                # What comes to be there before that is armed, and only that, is told of now.
+                new = self._guest.memory.populated(stretches)
+        return written | new
 
     def _scan(self, region: Region, start: int, end: int, *, rearm: bool) -> Runs:
         ranges = self._pagemap.scan(

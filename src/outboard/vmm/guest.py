@@ -154,6 +154,14 @@ class GuestMemory:
         for fd, offset, _, pages in self._pieces(first, count):
             fallocate.punch(fd, offset, pages * PAGE_SIZE)
 
+    def allocate(self, first: int, count: int) -> None:
+        """Give memory to those of a run that have none; what they hold stays as it is.
+
+        :raise KernelError: there is none. :raise ValueError: there are no such pages.
+        """
+        for fd, offset, _, pages in self._pieces(first, count):
+            fallocate.allocate(fd, offset, pages * PAGE_SIZE)
+
     def table(self) -> NDArray[np.int64]:
         """For compiled loops, a row for each region: first page, pages, HVA, offset in its file, our descriptor."""
         return np.array(
@@ -164,28 +172,34 @@ class GuestMemory:
             dtype=np.int64,
         )
 
-    def populated(self) -> PageSet:
-        """The pages that have memory; all others have never been written and read as zeros. Source: lseek(2)."""
+    def populated(self, among: PageSet | None = None) -> PageSet:
+        """The pages that have memory; all others have never been written and read as zeros. Source: lseek(2).
+
+        :param among: look only at these; many runs cost more than few.
+        """
         last = self._regions[-1]
-        found = PageSet(last.first + last.pages)
-        for region, fd in zip(self._regions, self._fds, strict=True):
-            at, end = region.offset, region.offset + region.pages * PAGE_SIZE
-            runs = []
-            while at < end:
-                try:
-                    data = os.lseek(fd, at, os.SEEK_DATA)
-                except OSError:
-                    # ENXIO: nothing but a hole up to the end of the file.
-                    break
-                hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
-                if data >= end:
-                    break
-                first = region.first + (data - region.offset) // PAGE_SIZE
-                runs.append((first, region.first + -(-(hole - region.offset) // PAGE_SIZE) - first))
-                at = hole
-            if runs:
-                found.add(np.array(runs, dtype=np.int64))
-        return found
+        pages = last.first + last.pages
+        found: list[tuple[int, int]] = []
+        for first, count in [[0, pages]] if among is None else among:
+            for region, fd in zip(self._regions, self._fds, strict=True):
+                low, high = max(first, region.first), min(first + count, region.first + region.pages)
+                if low < high:
+                    base = region.offset // PAGE_SIZE - region.first
+                    found += ((data - base, size) for data, size in _data(fd, low + base, high + base))
+        return PageSet.from_runs(pages, np.array(found, dtype=np.int64).reshape(-1, 2))
+
+
+def _data(fd: int, page: int, end: int) -> Iterator[tuple[int, int]]:
+    """The runs of pages ``[page, end)`` of a file that are no holes."""
+    while page < end:
+        try:
+            data = os.lseek(fd, page * PAGE_SIZE, os.SEEK_DATA)
+        except OSError:
+            # ENXIO: nothing but a hole up to the end of the file.
+            return
+        first, page = data // PAGE_SIZE, -(-os.lseek(fd, data, os.SEEK_HOLE) // PAGE_SIZE)
+        if first < end:
+            yield first, min(page, end) - first
 
 
 def _open_memory(pid: int) -> int:
@@ -258,7 +272,7 @@ class AnonymousMemory(GuestMemory):
                 "only its process can give it back (madvise MADV_DONTNEED, as a balloon does)",
             )
 
-    def populated(self) -> PageSet:
+    def populated(self, among: PageSet | None = None) -> PageSet:
         """The pages that have memory, or are swapped out; all others read as zeros. Source: pagemap.rst."""
         last = self._regions[-1]
         mask: NDArray[np.bool_] = np.zeros(last.first + last.pages, dtype=np.bool_)
@@ -266,7 +280,8 @@ class AnonymousMemory(GuestMemory):
             for begin in range(0, pages, _ENTRIES):
                 count = min(_ENTRIES, pages - begin)
                 mask[low + begin : low + begin + count] = self._present(hva + begin * PAGE_SIZE, count)
-        return PageSet.from_mask(mask)
+        found = PageSet.from_mask(mask)
+        return found if among is None else found & among
 
 
 class Guest:

@@ -11,6 +11,8 @@
     page_size = "4KiB"               # "2MiB": the memory is made of huge pages (hugetlb), here and wherever it moves
     qemu = "qemu-system-x86_64"      # the program, by name or by absolute path
     guest_agent = true               # a virtio port for the QEMU guest agent
+    memory_reservation = "256MiB"    # of its memory what is never swapped out; nothing when left out
+    pool = "prod/web"                # whose swap reservation it counts against; the host's own when left out
     extra_args = []                  # given to QEMU as they are, at the end
 
     [boot]                           # without it the firmware boots from the first disk
@@ -50,6 +52,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1 << 40}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
+_POOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63})*")
 _MAC = re.compile(r"[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$(?P<path>[^`]*)`)?")
 T = TypeVar("T")
@@ -128,6 +131,8 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     page_size: Literal["4KiB", "2MiB"] = "4KiB"
     qemu: str = "qemu-system-x86_64"
     guest_agent: bool = True
+    memory_reservation: str | None = None
+    pool: str | None = None
     extra_args: list[str] = []
     boot: Boot | None = None
     disks: list[Disk] = []
@@ -142,6 +147,14 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
             raise ValueError(f"memory = {error}") from error
         if odd:
             raise ValueError(f"memory = {self.memory!r}: must be a multiple of {whole // MIB} MiB")
+        try:
+            kept = 0 if self.memory_reservation is None else parse_size(self.memory_reservation)
+        except ValueError as error:
+            raise ValueError(f"memory_reservation = {error}") from error
+        if kept > self.memory_bytes:
+            raise ValueError(f"memory_reservation = {self.memory_reservation!r}: is more than its memory")
+        if self.pool is not None:
+            _require(_POOL, "pool", self.pool, "a pool is named as in agent.toml: prod or prod/web")
         if not 1 <= self.vcpus <= 1024:
             raise ValueError(f"vcpus = {self.vcpus}: must be 1 to 1024")
         if "/" in self.qemu:
@@ -154,6 +167,11 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     def memory_bytes(self) -> int:
         """The size of the guest's RAM."""
         return parse_size(self.memory)
+
+    @property
+    def reclaimable_bytes(self) -> int:
+        """What could be swapped out of it."""
+        return self.memory_bytes - (0 if self.memory_reservation is None else parse_size(self.memory_reservation))
 
     @property
     def page_bytes(self) -> int:

@@ -1,0 +1,629 @@
+"""A reservation of swap space: the most that may ever be swapped out, allocated on the disk beforehand.
+
+The directory holds
+
+==============  ======================================================================================
+reservation     the blocks that nobody has taken yet; thick: really allocated, and written
+ballast         a little more, which pays for the extent trees of all files as they grow
+vms/NAME        the swap file of a VM; thin: it has the units that it has taken, and holes elsewhere
+state           held (flock(2)) while blocks move; the size, what was measured, and the intent
+map             for each unit of the reservation: here, gone into a swap file, lent, or lost
+==============  ======================================================================================
+
+Blocks move in units of a mebibyte. A swap-out that needs one takes it from the reservation, a unit that has become
+empty goes back, and the blocks of all files together stay the same. How a unit moves depends on the file system:
+
+* *exchange* (XFS made for it, Linux 6.10): XFS_IOC_EXCHANGE_RANGE lets a unit and a hole change places, atomically;
+* *clone* (XFS with reflink): the swap file's hole is made to share the unit, and the reservation lets go of it;
+* *allocate* (ext4): a unit is allocated in the swap file, then one is punched out of the reservation; between the two
+  steps there is one more. In the other order a block would be nobody's for a moment, and whoever writes to a full disk
+  could snatch it. (EXT4_IOC_MOVE_EXT exchanges what both files have, and moves nothing into a hole.)
+
+A full disk may have no room for that one, nor for what its bookkeeping needs. It does not matter: where a unit cannot
+move it is *lent*. The page then goes into the unit where it lies, in the reservation itself, which takes nothing from
+the disk. Units are lent until they are empty again. Only where a swap file is removed, or somebody has died over a
+move, on a full disk, blocks are free for a moment; what is snatched then is *lost* until the disk has room again, and
+``SPARE`` units more than promised are reserved against that.
+
+Before a unit moves the intent names it, so that whoever takes the lock after a death can finish: a unit must be here
+whole and not there, or there whole and not here; anything else is undone, by punching it there and allocating it here.
+Neither needs what was in it, for a unit moves only while no page is. Power cuts void what swap files hold; after one
+the first to come takes all units back.
+
+Sources: fallocate(2), ioctl_xfs_exchange_range(2), ioctl_ficlonerange(2), Linux Documentation/filesystems/fiemap.rst.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from outboard.errors import KernelError, OutboardError, RefusedError, StoreFullError
+from outboard.linux import fallocate, fiemap, reflink, statfs, xfs
+from outboard.pages import PAGE_SIZE
+from outboard.pages.shared import file_array, shared_array
+
+UNIT = 1 << 20
+"""Bytes that move as one."""
+UNIT_PAGES = UNIT // PAGE_SIZE
+SPARE = 4
+"""Units that are reserved beyond what is promised."""
+_HERE, _GONE, _LOST = 0, -1, -2
+"""In the map; a number above 0 is the inode of the swap file that the unit is lent to."""
+_NOTHING = -1
+"""In an intent: no unit moves, but what all files take together may change."""
+_BALLAST, _BALLAST_SHARE = 4 << 20, 1024
+_HEAD, _INTENT, _STATE_SIZE = 0, 4096, 8192
+_COMMITS = 4
+"""How often to look for room on a full disk."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Way(Enum):
+    """How a unit moves between the reservation and a swap file."""
+
+    EXCHANGE = "exchange"
+    CLONE = "clone"
+    ALLOCATE = "allocate"
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """What was reserved; ``blocks`` of 512 bytes, of all files together."""
+
+    units: int
+    blocks: int
+    way: Way
+    boot: str
+
+
+class _Intent(msgspec.Struct, frozen=True):
+    """Which unit of which swap file and of the reservation are being moved."""
+
+    file: str
+    unit: int
+    ours: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationStatistics:
+    """How things are; sizes in bytes, ``blocks`` of 512 bytes as st_blocks counts them.
+
+    ``promisable`` is what may be promised, ``here`` untouched, ``moved`` in swap files, ``lent`` to them, ``lost`` to
+    others on a full disk and not regained yet. ``blocks`` should be ``blocks_reserved`` at every instant without loss.
+    """
+
+    way: str
+    promisable: int
+    here: int
+    moved: int
+    lent: int
+    lost: int
+    blocks: int
+    blocks_reserved: int
+
+
+class Reservation:
+    """The reservation of ``size`` bytes (whole units) in ``directory``, made if it is not there.
+
+    :param make: otherwise it must be there, with that size.
+
+    ``way``: how units move.
+
+    :raise RefusedError: ``swap-file-system``: blocks cannot be kept on this file system; ``swap-space``: they are not
+        there; ``swap-in-use``: it is there with another size, and some of it is taken; ``swap-not-made``.
+    :raise KernelError: the kernel refused.
+
+    Synchronization: any number of processes; within one, one thread. Blocks move under a lock of the kernel's.
+    """
+
+    def __init__(self, directory: Path, size: int, *, make: bool = True) -> None:
+        if size <= 0 or size % UNIT:
+            raise RefusedError("swap-size", f"a reservation of {size} bytes: it must be a multiple of {UNIT >> 20} MiB")
+        self.directory = directory
+        self.units = size // UNIT + SPARE
+        self._files = directory / "vms"
+        with contextlib.ExitStack() as undo:
+            try:
+                self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._state = os.open(directory / "state", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise KernelError(f"making the reservation in {directory}", error.errno or errno.EIO) from error
+            undo.callback(os.close, self._state)
+            _require_file_system(directory, self._state)
+            self._zeros: NDArray[np.uint8] = shared_array(UNIT, np.uint8)
+            fcntl.flock(self._state, fcntl.LOCK_EX)
+            try:
+                self._open(undo, make=make)
+            finally:
+                fcntl.flock(self._state, fcntl.LOCK_UN)
+            undo.pop_all()
+
+    # Opening and making
+
+    def _open(self, undo: contextlib.ExitStack, *, make: bool) -> None:
+        head = self._head()
+        if head is not None and head.units != self.units:
+            if any(self._files.iterdir()):
+                raise RefusedError(
+                    "swap-in-use",
+                    f"{self.directory} reserves {head.units - SPARE} MiB, of which VMs have taken some; "
+                    f"{self.units - SPARE} MiB can be reserved there when no VM is managed",
+                )
+            head = None
+        if head is None:
+            if not make:
+                raise RefusedError(
+                    "swap-not-made",
+                    f"{(self.units - SPARE)} MiB are not reserved in {self.directory} yet; outboard agent does that as "
+                    "it starts",
+                )
+            self._make()
+        self._map: NDArray[np.int64] = file_array(self.directory / "map", self.units, np.int64)
+        self._ours = os.open(self.directory / "reservation", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+        undo.callback(os.close, self._ours)
+        self._ballast = os.open(self.directory / "ballast", os.O_RDWR | os.O_CLOEXEC)
+        undo.callback(os.close, self._ballast)
+        if head is None:
+            head = _Head(self.units, self._measure(), self._probe(), _BOOT.read_text())
+            self._write_state(_HEAD, msgspec.json.encode(head))
+        self.way, self._blocks = head.way, head.blocks
+        if head.boot != _BOOT.read_text():
+            self._start_over()
+            self._write_state(_HEAD, msgspec.json.encode(msgspec.structs.replace(head, boot=_BOOT.read_text())))
+
+    def _head(self) -> _Head | None:
+        """What was reserved; None: nothing yet, or somebody died while he did."""
+        text = os.pread(self._state, _INTENT, _HEAD).rstrip(b"\0")
+        try:
+            return msgspec.json.decode(text, type=_Head) if text else None
+        except msgspec.DecodeError as error:
+            raise OutboardError(
+                f"{self.directory / 'state'} is no record of a reservation ({error}); with no VM running, remove "
+                f"{self.directory} to reserve anew"
+            ) from error
+
+    def _write_state(self, at: int, text: bytes) -> None:
+        os.pwrite(self._state, text.ljust(_INTENT, b"\0"), at)
+
+    def _make(self) -> None:
+        """Allocate everything, and write it."""
+        self._write_state(_HEAD, b"")
+        self._write_state(_INTENT, b"")
+        names = [self.directory / name for name in ("reservation", "ballast", "map")]
+        for path in names:
+            path.unlink(missing_ok=True)
+        size, ballast = self.units * UNIT, _BALLAST + self.units * UNIT // _BALLAST_SHARE
+        try:
+            for path, length in zip(names, (size, ballast, self.units * 8), strict=True):
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    fallocate.allocate(fd, 0, length)
+                    self._write_whole(fd, length)
+                finally:
+                    os.close(fd)
+        except OSError as error:
+            for path in names:
+                path.unlink(missing_ok=True)
+            if error.errno in _NO_ROOM:
+                free = os.statvfs(self.directory)
+                raise RefusedError(
+                    "swap-space",
+                    f"a swap reservation of {size >> 20} MiB does not fit into {self.directory}, where "
+                    f"{free.f_bavail * free.f_frsize >> 20} MiB are free; reserve less, or make room",
+                ) from error
+            raise KernelError(f"making the reservation in {self.directory}", error.errno or errno.EIO) from error
+
+    def _write_whole(self, fd: int, length: int) -> None:
+        """What was never written is cloned as a hole, and splits the extent tree when it is."""
+        for at in range(0, length, UNIT):
+            part = self._zeros[: min(UNIT, length - at)].data
+            if os.pwrite(fd, part, at) != len(part):
+                raise OSError(errno.ENOSPC, "short write")
+        os.fsync(fd)
+        # It is not to be read again.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _probe(self) -> Way:
+        """Try, on files without a name, what the file system can."""
+        one = os.open(self.directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        other = os.open(self.directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(one, self._zeros[: 16 * PAGE_SIZE].data, 0)
+            os.fsync(one)
+            os.ftruncate(other, 16 * PAGE_SIZE)
+            for way, move in ((Way.EXCHANGE, xfs.exchange), (Way.CLONE, reflink.clone)):
+                try:
+                    move(one, 0, other, 0, 16 * PAGE_SIZE)
+                except KernelError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+                        raise
+                else:
+                    return way
+            return Way.ALLOCATE
+        finally:
+            os.close(one)
+            os.close(other)
+
+    def _start_over(self) -> None:
+        """After a power cut: what swap files hold is nobody's any more."""
+        self._write_state(_INTENT, b"")
+        for k in range(self.units):
+            self._map[k] = _HERE if _is_mapped(self._ours, k) else _GONE
+        for path in list(self._files.iterdir()):
+            self._empty(path)
+            path.unlink()
+        for k in self._at(_GONE):
+            self._restore(k)
+        self._balance()
+
+    # Moving
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock, with everything in order."""
+        fcntl.flock(self._state, fcntl.LOCK_EX)
+        try:
+            text = os.pread(self._state, _INTENT, _INTENT).rstrip(b"\0")
+            if text:
+                self._mend(msgspec.json.decode(text, type=_Intent))
+                self._write_state(_INTENT, b"")
+            yield
+        finally:
+            fcntl.flock(self._state, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def _intending(self, file: str, unit: int, k: int) -> Iterator[None]:
+        """Around a move and the balance after it; what raises in between is mended by whoever comes next."""
+        self._write_state(_INTENT, msgspec.json.encode(_Intent(file, unit, k)))
+        yield
+        self._write_state(_INTENT, b"")
+
+    def _mend(self, intent: _Intent) -> None:
+        """Finish or undo what somebody died over."""
+        k = intent.ours
+        if k == _NOTHING:
+            self._balance()
+            return
+        with contextlib.ExitStack() as open_:
+            theirs = False
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(self._files / intent.file, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+                open_.callback(os.close, fd)
+                theirs = _is_mapped(fd, intent.unit)
+                if theirs and _mapped(self._ours, k) == 0:
+                    self._fill(fd, intent.unit)
+                else:
+                    theirs = False
+                    fallocate.punch(fd, intent.unit * UNIT, UNIT)
+        self._map[k] = _GONE
+        if not theirs:
+            self._restore(k)
+        self._balance()
+
+    def _restore(self, k: int) -> None:
+        """Have a unit here that is nowhere; it is lost, for now, if the disk is full."""
+        if self._allocate(self._ours, k):
+            self._fill(self._ours, k)
+            self._map[k] = _HERE
+        else:
+            self._map[k] = _LOST
+
+    def _allocate(self, fd: int, unit: int) -> bool:
+        """Allocate a unit; whether there was room, if not then none of it is."""
+        for _ in range(_COMMITS):
+            try:
+                fallocate.allocate(fd, unit * UNIT, UNIT)
+            except KernelError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+            if _is_mapped(fd, unit):
+                return True
+            # ext4 gives out what was punched when its journal has been committed.
+            os.fsync(self._ours)
+            os.fsync(fd)
+        fallocate.punch(fd, unit * UNIT, UNIT)
+        return False
+
+    def _fill(self, fd: int, unit: int) -> None:
+        """Write a unit that is allocated only."""
+        if any(one.flags & fiemap.ExtentFlag.UNWRITTEN for one in fiemap.extents(fd, unit * UNIT, UNIT)):
+            self._write_first(fd, unit, self._zeros[:0])
+
+    def take(self, file: SwapFile, unit: int, content: NDArray[np.uint8]) -> tuple[int | None, bool]:
+        """Have ``unit`` of a swap file get blocks.
+
+        :param content: the first that is to be written there, up to a unit.
+        :return: the unit of the reservation that is lent instead, if none could move; and whether ``content`` has been
+            written already.
+        :raise StoreFullError: more was promised than is reserved.
+        """
+        with self._locked():
+            self._regain()
+            k = self._first(_HERE)
+            with self._intending(file.name, unit, k):
+                moved = self._move_out(file.fd, unit, k)
+                if moved:
+                    self._map[k] = _GONE
+                    written = self.way is Way.ALLOCATE
+                    if written:
+                        self._write_first(file.fd, unit, content)
+                self._balance()
+            if moved:
+                return None, written
+            k = self._first(_HERE)
+            self._fill(self._ours, k)
+            self._map[k] = file.inode
+            return k, False
+
+    def _write_first(self, fd: int, unit: int, content: NDArray[np.uint8]) -> None:
+        """Write a unit whole: its extents stay as they are from then on."""
+        try:
+            self._zeros[: content.size] = content
+            if os.pwrite(fd, self._zeros.data, unit * UNIT) != UNIT:
+                raise KernelError(f"write of a unit to a swap file in {self._files}", errno.EIO)
+        finally:
+            self._zeros[:] = 0
+
+    def _first(self, kind: int) -> int:
+        found = self._at(kind)
+        if not found:
+            raise StoreFullError(
+                f"no unit of {self.directory} is left: more was promised than the {self.units - SPARE} MiB reserved"
+            )
+        return found[0]
+
+    def _move_out(self, fd: int, unit: int, k: int) -> bool:
+        """Move a unit into a hole of a swap file; whether that worked."""
+        if self.way is Way.ALLOCATE:
+            return self._reallocate(self._ours, k, fd, unit)
+        return self._move(self._ours, k, fd, unit)
+
+    def _move(self, source: int, at: int, target: int, to: int) -> bool:
+        """XFS: the same blocks; whether that worked, if not then nothing has changed."""
+        for ways in (self.way, Way.CLONE):
+            for _ in range(2):
+                try:
+                    if ways is Way.EXCHANGE:
+                        xfs.exchange(source, at * UNIT, target, to * UNIT, UNIT)
+                    else:
+                        reflink.clone(source, at * UNIT, target, to * UNIT, UNIT)
+                        fallocate.punch(source, at * UNIT, UNIT)
+                    return True
+                except OSError as error:
+                    if error.errno not in _NO_ROOM + (errno.EOPNOTSUPP,):
+                        raise
+                    if _mapped(source, at) == 0 and _is_mapped(target, to):
+                        return True
+                    fallocate.punch(target, to * UNIT, UNIT)
+                    # The file system's own books want room for a moment; the ballast has it.
+                    os.ftruncate(self._ballast, 0)
+        return False
+
+    def _reallocate(self, source: int, at: int, target: int, to: int) -> bool:
+        """ext4: as many blocks; whether that worked, if not then nothing has changed."""
+        try:
+            fallocate.allocate(target, to * UNIT, UNIT)
+        except KernelError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+        if not _is_mapped(target, to):
+            fallocate.punch(target, to * UNIT, UNIT)
+            return False
+        fallocate.punch(source, at * UNIT, UNIT)
+        return True
+
+    def give_back(self, file: SwapFile, units: list[int]) -> list[int]:
+        """Take units of a swap file back that no page is in; those that came, on a full disk perhaps not all."""
+        with self._locked():
+            return [unit for unit in units if self._take_back(file.name, file.fd, unit, by_force=False)]
+
+    def _take_back(self, name: str, fd: int, unit: int, *, by_force: bool) -> bool:
+        """Move a unit out of a swap file; ``by_force``: rather lose it than leave it there."""
+        gone = self._at(_GONE)
+        if not gone:
+            # Of a move that a power cut has doubled.
+            fallocate.punch(fd, unit * UNIT, UNIT)
+            return True
+        k = gone[0]
+        with self._intending(name, unit, k):
+            move = self._reallocate if self.way is Way.ALLOCATE else self._move
+            came = move(fd, unit, self._ours, k)
+            if came:
+                self._map[k] = _HERE
+            elif by_force:
+                fallocate.punch(fd, unit * UNIT, UNIT)
+                self._restore(k)
+            self._balance()
+        return came or by_force
+
+    def return_lent(self, file: SwapFile, ours: list[int]) -> None:
+        """Take back units that were lent, and that no page is in."""
+        with self._locked():
+            for k in ours:
+                if self._map[k] == file.inode:
+                    self._map[k] = _HERE
+
+    # Counting
+
+    def _at(self, kind: int) -> list[int]:
+        """The units of a kind."""
+        return np.flatnonzero(self._map == kind).tolist()
+
+    def _count(self, kind: int) -> int:
+        return int(np.count_nonzero(self._map == kind))
+
+    def _regain(self) -> None:
+        for k in self._at(_LOST):
+            self._restore(k)
+            if self._map[k] == _LOST:
+                return
+
+    def _balance(self) -> None:
+        """Grow or shrink the ballast by what extent trees have shrunk or grown."""
+        for _ in range(3):
+            wanted = self._blocks - self._count(_LOST) * (UNIT // 512) - self._measure()
+            if not wanted:
+                return
+            # Its size is what is allocated to it, but for its own extent tree.
+            size = os.fstat(self._ballast).st_size + wanted * 512
+            try:
+                if wanted > 0:
+                    fallocate.allocate(self._ballast, 0, size)
+                else:
+                    os.ftruncate(self._ballast, max(0, size))
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                return
+
+    def _measure(self) -> int:
+        """The blocks of all files together."""
+        total = os.fstat(self._ours).st_blocks + os.fstat(self._ballast).st_blocks
+        with os.scandir(self._files) as entries:
+            return total + sum(entry.stat(follow_symlinks=False).st_blocks for entry in entries)
+
+    def statistics(self) -> ReservationStatistics:
+        """A frozen snapshot."""
+        with self._locked():
+            lost, gone, here = (self._count(kind) for kind in (_LOST, _GONE, _HERE))
+            return ReservationStatistics(
+                way=self.way.value,
+                promisable=(self.units - SPARE) * UNIT,
+                here=here * UNIT,
+                moved=gone * UNIT,
+                lent=(self.units - lost - gone - here) * UNIT,
+                lost=lost * UNIT,
+                blocks=self._measure(),
+                blocks_reserved=self._blocks,
+            )
+
+    # Swap files
+
+    def fileno(self) -> int:
+        """The reservation itself, where units are lent."""
+        return self._ours
+
+    def open(self, name: str, units: int) -> SwapFile:
+        """The swap file ``name``, ``units`` long, made if it is not there.
+
+        :raise StoreFullError: the disk has no room even for its name.
+        """
+        with self._locked(), self._intending(name, 0, _NOTHING):
+            self._regain()
+            path = self._files / name
+            for attempt in range(2):
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_DIRECT, 0o600)
+                    os.ftruncate(fd, units * UNIT)
+                    break
+                except OSError as error:
+                    if error.errno not in _NO_ROOM:
+                        raise KernelError(f"open of the swap file {path}", error.errno or errno.EIO) from error
+                    if attempt:
+                        raise StoreFullError(f"the disk of {path} is full: the swap file cannot be made") from error
+                    os.ftruncate(self._ballast, 0)
+            self._balance()
+            return SwapFile(name, fd, os.fstat(fd).st_ino)
+
+    def held(self, file: SwapFile, units: int) -> NDArray[np.bool_]:
+        """Which units of a swap file have blocks."""
+        with self._locked():
+            found = np.zeros(units, dtype=np.bool_)
+            for one in fiemap.extents(file.fd, 0, units * UNIT):
+                found[one.offset // UNIT : -(-(one.offset + one.length) // UNIT)] = True
+            return found
+
+    def lent_to(self, file: SwapFile) -> set[int]:
+        """The units that are lent to a swap file."""
+        with self._locked():
+            return set(self._at(file.inode))
+
+    def discard(self, name: str) -> None:
+        """Remove a swap file, whose units come back. Idempotent."""
+        with self._locked():
+            path = self._files / name
+            if path.exists():
+                self._empty(path)
+                with self._intending(name, 0, _NOTHING):
+                    path.unlink()
+                    self._balance()
+
+    def names(self) -> dict[str, int]:
+        """The swap files, with the blocks (of 512 bytes) of each."""
+        return {path.name: path.stat().st_blocks for path in self._files.iterdir()}
+
+    def lent_by_name(self) -> dict[str, int]:
+        """Bytes that are lent to each swap file to which any are."""
+        with self._locked():
+            counts = {path.name: self._count(path.stat().st_ino) for path in self._files.iterdir()}
+        return {name: count * UNIT for name, count in counts.items() if count}
+
+    def _empty(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+        try:
+            for k in self._at(os.fstat(fd).st_ino):
+                self._map[k] = _HERE
+            units = {
+                unit
+                for one in fiemap.extents(fd, 0, os.fstat(fd).st_size)
+                for unit in range(one.offset // UNIT, -(-(one.offset + one.length) // UNIT))
+            }
+            for unit in sorted(units):
+                self._take_back(path.name, fd, unit, by_force=True)
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Idempotent; everything stays where it is."""
+        if self._state >= 0:
+            for fd in (self._ours, self._ballast, self._state):
+                os.close(fd)
+            self._state = -1
+            del self._map
+
+
+@dataclass(frozen=True, slots=True)
+class SwapFile:
+    """An open swap file."""
+
+    name: str
+    fd: int
+    inode: int
+
+
+def _require_file_system(directory: Path, fd: int) -> None:
+    """Refuse where an allocated block is not one's own, or nobody can say.
+
+    :raise RefusedError: ``swap-file-system``.
+    """
+    kind = statfs.of(fd).type
+    if kind in (statfs.EXT4_SUPER_MAGIC, statfs.XFS_SUPER_MAGIC):
+        return
+    if kind == statfs.BTRFS_SUPER_MAGIC:
+        why = "is on btrfs, which writes to new blocks instead of those that were allocated"
+    elif kind == statfs.TMPFS_MAGIC:
+        why = "is on tmpfs, which is memory"
+    else:
+        why = f"is on a file system (type {kind:#x}) of which it is not known that what is allocated can be written"
+    raise RefusedError("swap-file-system", f"{directory} {why}; put the swap reservation on ext4 or XFS")
+
+
+def _mapped(fd: int, unit: int) -> int:
+    """How many bytes of a unit have blocks."""
+    begin, end = unit * UNIT, (unit + 1) * UNIT
+    return sum(min(end, one.offset + one.length) - max(begin, one.offset) for one in fiemap.extents(fd, begin, UNIT))
+
+
+def _is_mapped(fd: int, unit: int) -> bool:
+    return _mapped(fd, unit) == UNIT

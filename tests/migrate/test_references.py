@@ -1,0 +1,245 @@
+"""Pages that go as references to blocks of disks: sent, found or refused, and sent after all."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from outboard.errors import OutboardError, PeerError
+from outboard.migrate import messages
+from outboard.migrate.messages import AllSent, Barrier, ImagesSeen
+from outboard.migrate.outbox import Outbox
+from outboard.migrate.receiving import BulkReceiver
+from outboard.migrate.references import ASK_EVERY, Lookup, References
+from outboard.migrate.sending import BulkSender, Say, Send, decode_done, encode_order
+from outboard.migrate.worker import Worker
+from outboard.pager.arriving import ArrivingMemory
+from outboard.pages import PAGE_SIZE
+from outboard.pages.pageset import Runs
+from outboard.stores.disk import DiskStore
+from outboard.stores.images.images import Images
+from outboard.stores.images.sampling import sample
+from outboard.vmm.guest import Guest
+from outboard.vmm.spec import Disk
+from outboard.wire.channel import Channel
+from tests.support.process_guest import guest_of
+from tests.support.target import Target
+
+MIB = 32
+PAGES = MIB << 8
+HELD = 6000
+"""So many pages of the source's, from its page 1000 on, are on the disk, from its block 3 on."""
+
+
+class Memory:
+    """The destination's memory, as the receiver fills it."""
+
+    def __init__(self) -> None:
+        self.content: NDArray[np.uint8] = np.zeros((PAGES, PAGE_SIZE), dtype=np.uint8)
+        self.times: NDArray[np.int64] = np.zeros(PAGES, dtype=np.int64)
+
+    def place(self, runs: Runs, zero: NDArray[np.bool_], content: NDArray[np.uint8]) -> NDArray[np.int64]:
+        numbers = np.concatenate([np.arange(first, first + count) for first, count in runs.tolist()])
+        assert numbers.size == zero.size
+        self.times[numbers] += 1
+        self.content[numbers[zero]] = 0
+        self.content[numbers[~zero]] = content.reshape(-1, PAGE_SIZE)[: np.count_nonzero(~zero)]
+        return np.empty(0, dtype=np.int64)
+
+
+class Scene:
+    def __init__(self, directory: Path, guest: Guest, here: Path, there: Path, *, agree: bool = True) -> None:
+        self.guest = guest
+        self.outbox = Outbox(PAGES)
+        self.outbox.rank[:] = 7
+        # A gigabit: on a faster link a busy machine may find that looking does not pay.
+        self.outbox.limit = 125_000_000
+        self.references = References([Disk(path=str(here), read_only=True)], directory / "indexes", enabled=True)
+        assert self.references.wanted
+        Worker("test-index", lambda _: self.references.make_indexes()).join()
+        self.images = Images([Disk(path=str(there), read_only=True)])
+        asked = self.references.ask()
+        seen = [sample(file, asked.nonce) for file in self.images.files]
+        self.references.answered(ImagesSeen(seen if agree else [""]))
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            near = Channel(socket.create_connection(server.getsockname()), "b", PAGES)
+            far = Channel(server.accept()[0], "a", PAGES)
+        self.memory = Memory()
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sockets = near, far, self.link, theirs
+        memory = cast(ArrivingMemory, self.memory)
+        receiver = BulkReceiver(memory, far, theirs, theirs, DiskStore(self.images.files))
+
+        def receive() -> None:
+            with contextlib.suppress(OutboardError):
+                receiver.serve()
+
+        self.thread = threading.Thread(target=receive, daemon=True)
+        self.worker = Worker(
+            "test-bulk",
+            lambda link: BulkSender(guest, self.outbox, near, link, references=self.references).serve(),
+        )
+        self.thread.start()
+
+    def send(self) -> None:
+        """Send everything and hear that it has been placed."""
+        self.worker.tell(encode_order(Send(0, PAGES, 9, paced=False)))
+        report = self.worker.hear(60)
+        assert report is not None
+        assert decode_done.decode(report).complete
+        self.worker.tell(encode_order(Say(messages.encode(Barrier(1)))))
+        assert messages.decode(self.link.recv(1000)) == Barrier(1)
+        self.worker.tell(encode_order(Say(messages.encode(AllSent()))))
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        buffer = bytearray(PAGES * PAGE_SIZE)
+        self.guest.memory.read_into(0, memoryview(buffer))
+        assert np.array_equal(self.memory.content.reshape(-1), np.frombuffer(buffer, dtype=np.uint8))
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.worker.end()
+        for one in self.sockets:
+            one.close()
+        self.thread.join(10)
+        self.references.close()
+        self.images.close()
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    with Target(mebibytes=MIB) as target:
+        made = guest_of(target)
+        noise = np.random.default_rng(3).integers(0, 256, (PAGES, PAGE_SIZE), dtype=np.uint8)
+        made.memory.write(0, noise.reshape(-1).data)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def image(guest: Guest, tmp_path: Path) -> Path:
+    content = bytearray(HELD * PAGE_SIZE)
+    guest.memory.read_into(1000, memoryview(content))
+    path = tmp_path / "image"
+    path.write_bytes(bytes(3 * PAGE_SIZE) + content)
+    return path
+
+
+def damaged(image: Path, blocks: range) -> Path:
+    """A copy that another host has, and that is not quite the same."""
+    raw = bytearray(image.read_bytes())
+    for block in blocks:
+        raw[block * PAGE_SIZE + 77] ^= 1
+    other = image.with_name("other")
+    other.write_bytes(raw)
+    return other
+
+
+def test_what_both_hosts_have_goes_as_references(guest: Guest, image: Path, tmp_path: Path) -> None:
+    with Scene(tmp_path, guest, image, image) as scene:
+        scene.send()
+        sent = scene.outbox.statistics()
+        assert sent.content.block_pages == HELD
+        assert sent.content.refused_blocks == 0
+        assert sent.bulk_bytes < (PAGES - HELD) * (PAGE_SIZE + 64) + 40 * HELD
+        assert (scene.memory.times == 1).all()
+        assert str(image) in scene.references.words
+
+
+def test_blocks_that_differ_over_there_are_sent_after_all(guest: Guest, image: Path, tmp_path: Path) -> None:
+    # Few enough that the samples agree, or else nothing is referred to: they are taken where the nonce says.
+    there = damaged(image, range(50, 60))
+    with Scene(tmp_path, guest, image, there, agree=False) as scene:
+        scene.references._agreed[:] = 1
+        scene.send()
+        content = scene.outbox.statistics().content
+        assert (content.block_pages, content.refused_blocks) == (HELD, 10)
+
+
+def test_a_storage_that_is_another_is_given_up_after_the_first_answer(
+    guest: Guest, image: Path, tmp_path: Path
+) -> None:
+    there = damaged(image, range(3, HELD + 3))
+    with Scene(tmp_path, guest, image, there, agree=False) as scene:
+        scene.references._agreed[:] = 1
+        scene.send()
+        content = scene.outbox.statistics().content
+        assert content.refused_blocks == content.block_pages
+        assert ASK_EVERY <= content.block_pages < ASK_EVERY + 64
+
+
+def test_what_the_destination_does_not_have_is_not_referred_to(guest: Guest, image: Path, tmp_path: Path) -> None:
+    there = image.with_name("there")
+    there.write_bytes(image.read_bytes()[:-PAGE_SIZE])
+    with Scene(tmp_path, guest, image, there) as scene:
+        scene.send()
+        assert scene.outbox.statistics().content.block_pages == 0
+        assert scene.references.words.startswith("none: the destination")
+
+
+def test_a_disk_that_is_written_to_and_one_that_is_not_wanted(image: Path, tmp_path: Path) -> None:
+    assert not References([Disk(path=str(image))], tmp_path, enabled=True).wanted
+    assert not References([Disk(path=str(image), read_only=True)], tmp_path, enabled=False).wanted
+
+
+def test_samples_are_of_the_whole_size_and_of_places_that_the_asker_chooses(image: Path) -> None:
+    other = damaged(image, range(1))
+    with Images([Disk(path=str(path), read_only=True) for path in (image, image, other)]) as images:
+        one, same, different = (sample(file, "ab" * 16) for file in images.files)
+        assert one == same != different
+        assert sample(images.files[0], "cd" * 16) != one
+        for nonce in ("", "x" * 32, "ab" * 17):
+            with pytest.raises(PeerError, match="nonce"):
+                sample(images.files[0], nonce)
+
+
+def test_a_destination_that_asks_for_more_than_there_was_is_not_believed(
+    guest: Guest, image: Path, tmp_path: Path
+) -> None:
+    with Scene(tmp_path, guest, image, image) as scene:
+        scene.sockets[1].send_request(list(range(PAGES)))
+        scene.worker.tell(encode_order(Send(0, PAGES, 9, paced=False)))
+        with pytest.raises(OutboardError, match="asks for"):
+            scene.worker.hear(30)
+
+
+def test_looking_rests_where_it_finds_nothing_or_takes_too_long(image: Path, tmp_path: Path) -> None:
+    references = References([Disk(path=str(image), read_only=True)], tmp_path / "indexes", enabled=True)
+    references.make_indexes()
+    asked = references.ask()
+    with Images([Disk(path=str(image), read_only=True)]) as images:
+        references.answered(ImagesSeen([sample(images.files[0], asked.nonce)]))
+    held = np.frombuffer(image.read_bytes(), dtype=np.uint8)[3 * PAGE_SIZE :].reshape(-1, PAGE_SIZE)[:64].copy()
+    every = np.ones(64, dtype=np.bool_)
+    now = [0]
+
+    def clock() -> int:
+        now[0] += 1000
+        return now[0]
+
+    def looks(lookup: Lookup, pages: NDArray[np.uint8], page_ns: float) -> int:
+        return sum(lookup.blocks(pages, every, page_ns) is not None for _ in range(64))
+
+    assert looks(Lookup(references, clock, clock), held, 30_000) == 64
+    other = np.random.default_rng(9).integers(0, 256, (64, PAGE_SIZE), dtype=np.uint8)
+    assert looks(Lookup(references, clock, clock), other, 30_000) == 64
+
+    def slow() -> int:
+        now[0] += 64 * 40_000
+        return now[0]
+
+    assert looks(Lookup(references, clock, slow), other, 30_000) == 16
+    assert looks(Lookup(references, slow, clock, clock), held, 30_000) == 16
+    assert looks(Lookup(references, slow, clock, clock), held, 50_000) == 64
+    assert looks(Lookup(references, slow, clock, lambda: 5), held, 30_000) == 64
+    references.close()
