@@ -60,7 +60,8 @@ class Host:
         shutil.copytree(identity, self.directory / "etc" / "pki")
         hosts = "".join(f'{peer} = "{where}"\n' for peer, where in peers.items())
         (self.directory / "etc" / "agent.toml").write_text(
-            f'name = "{name}"\nlisten = "{address}"\nport = 7849\n\n[hosts]\n{hosts}'
+            f'name = "{name}"\nlisten = "{address}"\nport = 7849\n\n[hosts]\n{hosts}\n'
+            '[sharing]\ntwins = ["twin-1", "twin-2"]\n'
         )
         self.registry = Registry(self.runtime)
         self._agent: subprocess.Popen[bytes] | None = None

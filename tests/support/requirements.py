@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from outboard.linux import cgroup, hugetlb, proc, psi, statfs
+from outboard.linux import cgroup, hugetlb, ksm, proc, psi, statfs
 from outboard.linux.pagemap import has_pagemap_scan, has_soft_dirty
 from outboard.linux.userfaultfd import DEVICE, Features, available_features
 
@@ -29,6 +29,7 @@ _CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
     "pagemap-scan": (has_pagemap_scan, "the kernel has no PAGEMAP_SCAN (Linux 6.7)"),
     "cgroup-cpu": (lambda: cgroup.cpu_version() is not None, "no cgroup hierarchy with the cpu controller is mounted"),
     "hugetlb-2mib": (lambda: any(p.page_size == 2 << 20 and p.free for p in hugetlb.pools()), "no free 2 MiB pages"),
+    "ksm": (ksm.present, "the kernel has no KSM"),
     "loop-file-systems": (
         lambda: all(map(shutil.which, ("mkfs.ext4", "mkfs.xfs"))) and Path("/dev/loop-control").exists(),
         "mkfs.ext4, mkfs.xfs or loop devices are missing",

@@ -5,6 +5,7 @@
 //   w PAGE VALUE  write the first word of PAGE
 //   t             read every page and print "touched SUM FAULTS"
 //   g             start THREADS writers, each counting in a slot of its own in random pages
+//   p MICROS      have writers rest so long between two writes
 //   s             stop them and print "bad N of OPS": slots that differ from the thread's own count
 //   n             start a thread that writes 1, 2, 3 and so on, each to the second word of a page of its own
 //   e             stop it and print the last number
@@ -37,7 +38,7 @@
 
 static volatile uint8_t *region;
 static size_t pages;
-static volatile int stopping;
+static volatile int stopping, rest;
 static volatile sig_atomic_t signals;
 
 struct writer { pthread_t thread; int number; uint64_t operations, bad; };
@@ -72,6 +73,7 @@ static void *write_randomly(void *argument) {
         *slot += 1;
         expected[page]++;
         self->operations++;
+        if (rest) usleep(rest);
     }
     for (size_t page = 0; page < pages; page++)
         if (*(volatile uint32_t *)(region + page * 4096 + 64 * (self->number + 1)) != expected[page]) self->bad++;
@@ -133,6 +135,9 @@ int main(int count, char **arguments) {
                 pthread_create(&writers[number].thread, NULL, write_randomly, &writers[number]);
             }
             printf("going\n");
+        } else if (sscanf(line, "p %lu", &value) == 1) {
+            rest = value;
+            printf("resting\n");
         } else if (line[0] == 's') {
             stopping = 1;
             uint64_t operations = 0, bad = 0;

@@ -134,6 +134,10 @@ def test_pages_are_numbered_over_the_hole() -> None:
         ([mapping(BASE, BASE + 4096), mapping(BASE + 4096, BASE + (3 << 30), 4096, permissions="rw-p")], "not-shared"),
         ([mapping(BASE, BASE + 4096), mapping(BASE + 4096, BASE + (3 << 30), 4096, inode=10)], "not-shared"),
         ([mapping(BASE, BASE + 4096), mapping(BASE + 4096, BASE + (3 << 30), 8192)], "not-shared"),
+        (
+            [mapping(BASE, BASE + 4096), mapping(BASE + 4096, BASE + (3 << 30), 0, permissions="rw-p", inode=10)],
+            "sharing",
+        ),
     ],
 )
 def test_memory_that_is_not_one_shared_file(maps: list[Mapping], reason: str) -> None:

@@ -11,6 +11,8 @@
     b = "10.0.0.2"
     c = "[fd00::3]:99"                # IPv6, with a port in brackets
 
+    [sharing]                         # domains: VMs that may share pages with one another; else none does
+    blue = ["web-1", "web-2"]
     [swap]                            # without it each VM's swap file grows as it can
     reservation = "8GiB"              # allocated on the disk at once
     directory = "/var/lib/outboard/swap"
@@ -104,6 +106,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: int = PORT
     migration_ports: tuple[int, int] = (49152, 49215)
     hosts: dict[str, str] = {}
+    sharing: dict[str, list[str]] = {}
     swap: Swap | None = None
     pools: dict[str, Pool] = {}
 

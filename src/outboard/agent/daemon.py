@@ -35,6 +35,7 @@ from outboard.agent.engines import Engines
 from outboard.agent.history import History
 from outboard.agent.pressure import Pressure
 from outboard.agent.promises import pools_of
+from outboard.agent.sharing_domains import SharingDomains
 from outboard.agent.supervisor import Supervisor
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import (
@@ -45,6 +46,7 @@ from outboard.errors import (
 from outboard.linux import sched
 from outboard.migrate.goals import options_for
 from outboard.migrate.method import Goal, Options
+from outboard.sharing.inside import Thresholds
 from outboard.vmm.registry import Registry, VmRecord
 from outboard.wire.tls import Listener
 
@@ -78,6 +80,14 @@ class LimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_bandwidth: int | None
 
 
+class ShareRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of PUT /v1/sharing/DOMAIN; seconds between two scans, and between two looks at reads."""
+
+    every_s: float = 10.0
+    reads_s: float = 1.0
+    large: Thresholds = Thresholds()
+
+
 class Agent:
     """The daemon.
 
@@ -93,6 +103,7 @@ class Agent:
         self._registry = registry
         self._engines = Engines(registry, identity)
         self._supervisor = Supervisor(self._engines.start, registry, state_dir() / "swap", config)
+        self._sharing = SharingDomains(self._engines.start, self._supervisor.ensure, registry, config.sharing)
         self._engaging: list[str] = []
         self._departures = Departures(
             config, registry, self._engines, History(state_dir() / "history.db"), self._is_managed
@@ -171,6 +182,24 @@ class Agent:
         engine = await asyncio.to_thread(self._supervisor.upgrade, request.path_params["vm"])
         return JSONResponse({"engine": engine})
 
+    async def _share(self, request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=ShareRequest)
+        except msgspec.DecodeError as error:
+            raise UsageError(f"PUT /v1/sharing: {error}") from error
+        name = request.path_params["domain"]
+        vms = self._config.sharing.get(name, [name])
+        for vm in vms:
+            if self._departures.is_migrating(vm):
+                raise RefusedError("migrating", f"{vm} is being migrated; share its pages when it has arrived")
+        self._engaging += vms
+        try:
+            process = await asyncio.to_thread(self._sharing.begin, name, wanted.every_s, wanted.reads_s, wanted.large)
+        finally:
+            for vm in vms:
+                self._engaging.remove(vm)
+        return JSONResponse({"process": process})
+
     async def _patch(self, request: Request) -> Response:
         try:
             wanted = msgspec.json.decode(await request.body(), type=LimitRequest)
@@ -197,6 +226,7 @@ class Agent:
                 Route("/v1/migrations/{name}/cancel", self._cancel, methods=["POST"]),
                 Route("/v1/restores", self._restore, methods=["POST"]),
                 Route("/v1/engines/{vm}", self._ensure_engine, methods=["PUT"]),
+                Route("/v1/sharing/{domain}", self._share, methods=["PUT"]),
                 Route("/v1/engines/{vm}/upgrade", self._upgrade_engine, methods=["POST"]),
             ],
             exception_handlers={OutboardError: _explain},
@@ -221,6 +251,7 @@ class Agent:
         self._engines.warm()
         self._reserve()
         self._supervisor.adopt()
+        self._sharing.adopt()
         for record in self._registry.list():
             self._departures.let_go(record.name)
         listener = Listener(self._config.listen, (self._config.port, self._config.port), self._identity)

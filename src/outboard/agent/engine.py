@@ -20,8 +20,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from outboard.agent import planning
+from outboard.agent import domains, planning
 from outboard.agent.config import snapshot_dir, state_dir
+from outboard.agent.domains import Sharing
 from outboard.agent.history import History
 from outboard.agent.manager import Manager
 from outboard.agent.planning import Planning
@@ -119,7 +120,7 @@ class Restore(msgspec.Struct, frozen=True, tag="restore"):
     eager: bool
 
 
-Task = Depart | Receive | Manage | Restore | Planning
+Task = Depart | Receive | Manage | Restore | Planning | Sharing
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -204,6 +205,8 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
                 random = np.random.default_rng()
                 record = Registry(Path(runtime)).get(work.vm)
                 desk.report(planning.make(work, record, Path(identity), state_dir() / INDEXES, random))
+            case Sharing():
+                domains.run(work, Registry(Path(runtime)), lambda: _ready(desk))
             case Manage():
                 _manage(work, desk, Registry(Path(runtime)))
             case Restore():
@@ -284,8 +287,7 @@ def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
         if error.reason == "restore-broken":
             end_broken(record, registry)
         raise
-    desk.report(Managing(engine=os.getpid()))
-    desk.close()
+    _ready(desk)
     manager.serve()
 
 
@@ -333,9 +335,13 @@ def _restore(work: Restore, desk: PipeDesk, registry: Registry) -> None:
             stop(record, registry)
         remove_clones(spec)
         raise
+    _ready(desk)
+    manager.serve()
+
+
+def _ready(desk: PipeDesk) -> None:
     desk.report(Managing(engine=os.getpid()))
     desk.close()
-    manager.serve()
 
 
 def _receive(work: Receive, desk: PipeDesk, registry: Registry, identity: Path) -> None:

@@ -7,6 +7,7 @@ lock          held (flock(2)) by the engine, whose pid is in it
 layout.json   the guest as it was attached: a guest that waits for a page answers no QMP
 where         the journal of :class:`~outboard.pages.residency.Residency`, with ``locator``
 pool          pages that went to memory; ``pool.slots``
+sharing       the name of the domain that it shares pages in, while it does
 images.json   which disk image each number means, for pages that a disk holds; ``digests`` of these
 swap.json     where swapped pages go; of a reserved swap file ``swap.slots``, ``swap.digests``, ``swap.units``
 reclaim.json  what reclaim aims at
@@ -38,6 +39,7 @@ import structlog
 
 from outboard.agent import restoring
 from outboard.agent.orders import (
+    DropZeros,
     Evict,
     Failed,
     Fetch,
@@ -46,15 +48,21 @@ from outboard.agent.orders import (
     Look,
     Looked,
     Order,
+    ReadRound,
+    Rebuild,
     Reclaim,
     Recover,
     Release,
+    Share,
     Snapped,
     Snapshot,
+    Tidy,
+    Unshare,
     ask,
 )
 from outboard.agent.reclaiming import Reclaimer
 from outboard.agent.restoring import Restored, Source
+from outboard.agent.sharer import Sharer
 from outboard.agent.snapshotting import Snapshotting, Vm, mend
 from outboard.agent.swapping import PlainSwap, Swapping
 from outboard.errors import DamagedPageError, KernelError, OutboardError, RefusedError
@@ -74,7 +82,8 @@ from outboard.vmm.guest import Guest
 from outboard.vmm.layout import Layout
 
 CONTROL = "control.sock"
-_LAYOUT, _SWAPPING = "layout.json", "swap.json"
+LAYOUT = "layout.json"
+_SWAPPING = "swap.json"
 _HAND_OVER_S = 10.0
 _HALF_LIFE_S = 300.0
 """Of what earlier orders have seen the guest touch."""
@@ -128,7 +137,7 @@ class Manager:
             self._lock = _lock(directory, successor=successor)
             undo.callback(os.close, self._lock)
             self._swap: Swapping = PlainSwap(os.fspath(swap)) if isinstance(swap, Path) else swap
-            layout = Layout.load(directory / _LAYOUT)
+            layout = Layout.load(directory / LAYOUT)
             if layout is None:
                 # Whatever lies here is another guest's, or of the time before a power cut: nobody can want it.
                 _empty(directory)
@@ -138,7 +147,7 @@ class Manager:
                 if restore is not None:
                     restoring.begin(directory, restore)
                 with attach() as attached:
-                    layout = Layout.keep(attached, directory / _LAYOUT)
+                    layout = Layout.keep(attached, directory / LAYOUT)
             elif restoring.is_broken(directory):
                 raise RefusedError(
                     "restore-broken", f"{layout.name} was not restored to the end, and has never run; restore it again"
@@ -147,7 +156,7 @@ class Manager:
                 self._swap = msgspec.json.decode((directory / _SWAPPING).read_bytes(), type=Swapping)
             self._guest = layout.guest()
             undo.callback(self._guest.close)
-            self._listener = _listen(directory / CONTROL)
+            self._listener = listen(directory / CONTROL)
             undo.callback(self._listener.close)
             pages = self._guest.pages
             self._swapped = self._swap.open(pages, directory)
@@ -170,6 +179,8 @@ class Manager:
             if self._disks is not None:
                 undo.callback(self._disks.close)
             self._pager = Pager(self._guest, residency, self._stores, on_disk=self._disks)
+            undo.callback(self._pager.close)
+            self._sharer = Sharer(self._pager, directory, directory.parents[2])
             self._reclaimer = Reclaimer(self._guest, directory, self._evict_coldest)
             undo.pop_all()
         self._vm = vm
@@ -316,6 +327,12 @@ class Manager:
             why = "is watched for an eviction; wait until that is done" if self._pending else "is no VM of this host's"
             _send(client, Failed(why=f"no snapshot is taken: {self._guest.name} {why}", exit_code=4))
             return
+        try:
+            # What is shared is in no file of the guest's: the sharing domain may share it again afterwards.
+            self._sharer.carry_out(Unshare())
+        except OutboardError as error:
+            _send(client, Failed(why=str(error), exit_code=error.exit_code))
+            return
         self._snapshotting = Snapshotting(self._vm, self._pager, self._directory, order, client)
 
     def _tell_of_snapshot(self) -> bool:
@@ -376,6 +393,8 @@ class Manager:
                 self._pager.release()
                 self._forget()
                 return came, True
+            case Share() | Unshare() | DropZeros() | Tidy() | ReadRound() | Rebuild():
+                return self._sharer.carry_out(order), False
         return 0, isinstance(order, HandOver)
 
     def _watch(self, client: Connection, order: Evict) -> None:
@@ -419,6 +438,7 @@ class Manager:
             zero=now.zero * PAGE_SIZE,
             pool=now.pool * PAGE_SIZE,
             file=now.file * PAGE_SIZE,
+            **self._sharer.looked(),
             disk=now.disk * PAGE_SIZE,
             snapshot=now.snapshot * PAGE_SIZE,
             moved=moved * PAGE_SIZE,
@@ -490,7 +510,8 @@ def _empty(directory: Path) -> None:
             old.unlink()
 
 
-def _listen(path: Path) -> socket.socket:
+def listen(path: Path) -> socket.socket:
+    """A socket at ``path`` that takes orders."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     # By the directory's descriptor: the path may be longer than an address.

@@ -11,6 +11,7 @@ import msgspec
 
 from outboard.errors import UnreachableError, error_of
 from outboard.reclaim.controller import MOST_REFAULTS
+from outboard.sharing.reads import Watch
 from outboard.vmm import sockets
 
 _CONNECT_S = 5.0
@@ -67,7 +68,58 @@ class HandOver(msgspec.Struct, frozen=True, tag="hand-over"):
     """Let go of the guest as it is, to a successor."""
 
 
-Order = Evict | Fetch | Release | Reclaim | Snapshot | Look | Learn | Recover | HandOver
+class Share(msgspec.Struct, frozen=True, tag="share"):
+    """Share pages with the pool of ``domain``: (first page, first slot, how many), those first that shall go first."""
+
+    domain: str
+    spans: list[tuple[int, int, int]]
+
+
+class Unshare(msgspec.Struct, frozen=True, tag="unshare"):
+    """Give shared pages memory of their own: runs of them; all, and share no more, when not given."""
+
+    runs: list[tuple[int, int]] | None = None
+
+
+class DropZeros(msgspec.Struct, frozen=True, tag="drop-zeros"):
+    """Give up the memory of those pages, in runs, that are zeros."""
+
+    runs: list[tuple[int, int]]
+
+
+class Tidy(msgspec.Struct, frozen=True, tag="tidy"):
+    """Bring shared pages that were written since back into the guest's file: nothing is saved by them any more."""
+
+
+class ReadRound(msgspec.Struct, frozen=True, tag="read-round"):
+    """End a round of watching how shared pages are read, un-share what is due, and begin the next."""
+
+    watch: Watch | None = None
+
+
+class Rebuild(msgspec.Struct, frozen=True, tag="rebuild"):
+    """Give aligned blocks of 2 MiB, by their numbers, memory of their own again, and make them large pages."""
+
+    blocks: list[int]
+
+
+Order = (
+    Evict
+    | Fetch
+    | Release
+    | Reclaim
+    | Snapshot
+    | Look
+    | Learn
+    | Recover
+    | HandOver
+    | Share
+    | Unshare
+    | DropZeros
+    | Tidy
+    | ReadRound
+    | Rebuild
+)
 
 
 class Reclaiming(msgspec.Struct, frozen=True):
@@ -81,7 +133,9 @@ class Reclaiming(msgspec.Struct, frozen=True):
 class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.residency.v1"):
     """How things are, after an order was carried out; in bytes, counts and microseconds.
 
-    ``moved``: bytes that the order has moved; ``idle``: that nobody touched when reclaim looked last.
+    ``moved``: bytes that the order has moved; ``idle``: that nobody touched when reclaim looked last. ``shared``: bytes
+    that are mapped from the pool of ``domain``, of which ``copied`` were written since and are private; ``read_much``:
+    pages un-shared for how they were read, by pattern.
     """
 
     vm: str
@@ -98,6 +152,10 @@ class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.resi
     fault_p50_us: float | None
     fault_p99_us: float | None
     failure: str | None
+    shared: int = 0
+    copied: int = 0
+    domain: str | None = None
+    read_much: dict[str, int] = {}
     used: int = 0
     """Bytes of memory that the guest takes now: resident, but for what it never touched."""
     idle: int | None = None

@@ -33,6 +33,7 @@ _COMMANDS = {
     "release": "outboard.cli.memory:release",
     "residency": "outboard.cli.memory:residency",
     "run": "outboard.cli.run:run",
+    "sharing": "outboard.cli.sharing:sharing",
     "snapshot": "outboard.cli.snapshot:snapshot",
     "stop": "outboard.cli.run:stop",
     "swap": "outboard.cli.swap:swap",

@@ -48,6 +48,7 @@ SYS_munmap = 11
 SYS_ioctl = 16
 SYS_recvmsg = 47
 SYS_socketpair = 53
+SYS_clone = 56
 SYS_tgkill = 234
 
 _RAISED_BY_ITSELF = {
@@ -287,9 +288,11 @@ class Stopped:
         raw = ctypes.c_uint64(mask)
         _ptrace("SETSIGMASK", PTRACE_SETSIGMASK, self._tid, 8, ctypes.addressof(raw))
 
-    def _run(self, operation: str, request: int, what: str, registers: user_regs_struct) -> user_regs_struct:
-        """Let the thread go with ``registers`` until the trap that ends the step or the stub; its registers then."""
-        end = registers.rip + (len(_SYSCALL) if request == PTRACE_SINGLESTEP else len(_STUB))
+    def _run(
+        self, operation: str, request: int, what: str, registers: user_regs_struct, length: int
+    ) -> user_regs_struct:
+        """Let the thread go with ``registers`` until the trap behind ``length`` bytes of code; its registers then."""
+        end = registers.rip + length
         caught_by_filter = False
         self._set(registers)
         self._resume(operation, request)
@@ -333,11 +336,28 @@ class Stopped:
         registers.rax, registers.rip = number, self._instruction
         for name, argument in zip(_ARGUMENTS, arguments, strict=False):
             setattr(registers, name, argument & ((1 << 64) - 1))
-        after = self._run("SINGLESTEP", PTRACE_SINGLESTEP, operation, registers)
+        after = self._run("SINGLESTEP", PTRACE_SINGLESTEP, operation, registers, len(_SYSCALL))
+        return self._result(operation, after)
+
+    def _result(self, operation: str, after: user_regs_struct) -> int:
         result = ctypes.c_longlong(after.rax).value
         if -4096 < result < 0:
             raise KernelError(f"{operation} in process {self._pid}", -result)
         return result
+
+    def spawn(self, code: int, length: int, flags: int, base: int, number: int) -> int:
+        """Have the process make a thread by code of ours in it; the thread's number.
+
+        :param code: ``length`` bytes that begin with the system call and end with a trap for the thread that made it;
+            the new one goes on behind them, with ``base`` in rbx and ``number`` in r14, and all signals blocked but
+            those that its own instructions can raise.
+        :raise KernelError: EAGAIN: no more threads are allowed; EPERM: a seccomp filter caught it.
+        """
+        registers = self._registers()
+        registers.rip, registers.rax, registers.rdi = code, SYS_clone, flags
+        registers.rsi = registers.rdx = registers.r10 = registers.r8 = 0
+        registers.rbx, registers.r14 = base, number
+        return self._result("clone", self._run("CONT", PTRACE_CONT, "clone", registers, length))
 
     def batch(self, calls: NDArray[np.int64]) -> NDArray[np.int64]:
         """Have the thread make many system calls without stopping in between.
@@ -358,7 +378,7 @@ class Stopped:
             _write(self._pid, at, table.tobytes())
             registers = self._registers()
             registers.rip, registers.r12, registers.r13 = room, at, count
-            self._run("CONT", PTRACE_CONT, f"batch of {count} calls", registers)
+            self._run("CONT", PTRACE_CONT, f"batch of {count} calls", registers, len(_STUB))
             raw = _read(self._pid, at, table.nbytes)
         return np.frombuffer(raw, dtype=np.int64).reshape(count, _ROW)[:, 7].copy()
 
@@ -416,9 +436,9 @@ def inject_userfaultfd(pid: int, tid: int | None = None) -> tuple[int, int]:
             pidfd.close(process)
 
 
-_MESSAGE = struct.Struct("<QI4xQQQQi4xQQ")
+MESSAGE = struct.Struct("<QI4xQQQQi4xQQ")
 """struct msghdr: name, its length, vector, its length, control, its length, flags; then the one iovec."""
-_CONTROL = struct.Struct("<Qiii4x")
+CONTROL = struct.Struct("<Qiii4x")
 """struct cmsghdr of one descriptor: length, level, type; the descriptor."""
 
 
@@ -432,9 +452,9 @@ def _hand_over(target: Stopped, pid: int, process: int, fd: int) -> int:
             with socket.socket(fileno=pidfd.getfd(process, pair[0])) as ours:
                 socket.send_fds(ours, [b"\0"], [fd])
             vector, control, data = room + 56, room + 128, room + 256
-            _write(pid, room, _MESSAGE.pack(0, 0, vector, 1, control, _CONTROL.size, 0, data, 1))
+            _write(pid, room, MESSAGE.pack(0, 0, vector, 1, control, CONTROL.size, 0, data, 1))
             target.syscall("recvmsg", SYS_recvmsg, pair[1], room, socket.MSG_CMSG_CLOEXEC)
-            return int(_CONTROL.unpack(_read(pid, control, _CONTROL.size))[3])
+            return int(CONTROL.unpack(_read(pid, control, CONTROL.size))[3])
         finally:
             for end in pair:
                 target.syscall("close", SYS_close, end)

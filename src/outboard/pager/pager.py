@@ -27,11 +27,13 @@ from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError, RefusedError
 from outboard.linux import ptrace
+from outboard.linux.hand import await_none
 from outboard.linux.userfaultfd import Features, Mode
 from outboard.pager import batches, saving
 from outboard.pager.capture import RING, Capture
 from outboard.pager.faults import FaultServer, FaultStatistics
 from outboard.pager.on_disk import OnDisk
+from outboard.pager.overlay import Overlay, overlaid
 from outboard.pager.saving import Saving
 from outboard.pager.serving import LENDER, Table
 from outboard.pages import PAGE_SIZE
@@ -65,7 +67,10 @@ _LANES = 3
 
 @dataclass(frozen=True, slots=True)
 class PagerStatistics:
-    """Pages by where they are now; pages evicted (``zeros`` of them all zeros) and fetched ahead of a fault so far."""
+    """Pages by where they are now; pages evicted (``zeros`` of them all zeros) and fetched ahead of a fault so far.
+
+    ``shared`` pages are mapped from a sharing pool, written since or not.
+    """
 
     pages: int
     resident: int
@@ -74,6 +79,7 @@ class PagerStatistics:
     file: int
     disk: int
     snapshot: int
+    shared: int
     evicted: int
     zeros: int
     fetched: int
@@ -133,13 +139,14 @@ class Pager:
         self._evicted = self._zeros = self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
         self._rows = self._snapshot_rows()
+        self.overlay: Overlay | None = None
         self._faults = FaultServer(self._table(saving.nothing()), self._clamp.uffd.fileno())
         try:
             self._recover()
         except BaseException:
             # Nothing is away if nobody had the guest before us; else it is left to whoever comes next.
             self._faults.close()
-            if any(self.residency.count(where) for where in STORED):
+            if any(self.residency.count(where) for where in (*STORED, Where.SHARED)):
                 self._clamp.close()
             else:
                 self._clamp.release()
@@ -183,7 +190,10 @@ class Pager:
         where = self.residency.where
         whole = self._whole()
         self._ask("UFFDIO_WRITEPROTECT", batches.protect(self._clamp.uffd.fileno(), self._regions, whole, 0))
-        away = where > Where.ZERO
+        # Another engine's hand may be at work yet, and wait for its events to be read; whoever faults is woken later.
+        await_none(self.guest.pid, self._clamp.uffd.read)
+        self.follow_mappings()
+        away = (where > Where.ZERO) & (where != Where.SHARED)
         if away.any():
             where[away & self.guest.memory.populated().mask()] = Where.RESIDENT
         for kind, store in self._stores.items():
@@ -192,6 +202,51 @@ class Pager:
 
     def _whole(self) -> Runs:
         return self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
+
+    def follow_mappings(self) -> None:
+        """Make the journal and the guest's file agree with what is mapped, where the journal says shared."""
+        shared = self.residency.where == Where.SHARED
+        if shared.any():
+            mapped = overlaid(self.guest).mask()
+            self.residency.where[shared & ~mapped] = Where.RESIDENT
+            self.punch(self.runs_of(np.flatnonzero(shared & mapped)))
+
+    def share_from(self, pool: int) -> Overlay:
+        """Have an overlay that shares pages from ``pool``, a descriptor; the one there is already.
+
+        :raise RefusedError, KernelError: as :class:`~outboard.pager.overlay.Overlay`.
+        """
+        if self.overlay is None:
+            self.overlay = Overlay(self, pool)
+        return self.overlay
+
+    def stop_sharing(self) -> None:
+        """Un-share everything, and take what sharing needs out of the process. Idempotent.
+
+        :raise RefusedError: ``shared``: there are shared pages, and nobody has said from which pool.
+        """
+        if self.overlay is not None:
+            while self.residency.count(Where.SHARED):
+                self.overlay.unshare(PageSet.full(self.guest.pages))
+            self.overlay.close()
+            self.overlay = None
+        elif self.residency.count(Where.SHARED):
+            raise RefusedError("shared", f"{self.guest.name}: it has shared pages, whose pool is not open")
+
+    @property
+    def clamp(self) -> Clamp:
+        """The hold on the guest's memory."""
+        return self._clamp
+
+    @property
+    def regions(self) -> NDArray[np.int64]:
+        """As :meth:`~outboard.vmm.guest.GuestMemory.table`; rows follow mremap(2)."""
+        return self._regions
+
+    @property
+    def spaces(self) -> int:
+        """Address spaces that map the guest's memory, as far as faults tell: its own, and of children it forked."""
+        return self._faults.spaces
 
     def _ask(self, operation: str, answer: int) -> None:
         if answer < 0:
@@ -219,16 +274,34 @@ class Pager:
             pieces.append(np.column_stack((low[inside], high[inside] - low[inside])))
         return np.ascontiguousarray(np.concatenate(pieces))
 
-    def _claims(self, pages: PageSet) -> Iterator[NDArray[np.int64]]:
-        """Claim ``pages`` a batch at a time; those that somebody else is busy with are passed over."""
+    def claims(self, pages: PageSet, most: int = _BATCH) -> Iterator[NDArray[np.int64]]:
+        """Claim ``pages``, ``most`` at a time; those that somebody else is busy with are passed over."""
         numbers = pages.numbers()
-        for at in range(0, numbers.size, _BATCH):
-            batch = numbers[at : at + _BATCH]
+        for at in range(0, numbers.size, most):
+            batch = numbers[at : at + most]
             ours = np.empty(batch.size, dtype=np.bool_)
             if batches.claim(self._claimed, batch, ours):
                 yield np.ascontiguousarray(batch[ours])
 
-    def _runs(self, numbers: NDArray[np.int64]) -> Runs:
+    def give_up(self, claimed: NDArray[np.int64]) -> None:
+        """Give claims up, and wake whoever waits for those pages."""
+        runs = self.runs_of(claimed)
+        batches.release(self._claimed, claimed)
+        self._everywhere("UFFDIO_WAKE", runs)
+
+    def protect(self, runs: Runs, protected: bool) -> None:
+        """Write-protect runs, or lift that and wake who waits to write; what a disk held of them is not known on."""
+        if self._on_disk is not None:
+            for first, count in runs.tolist():
+                self._on_disk.known[first : first + count] = 0
+        self._everywhere("UFFDIO_WRITEPROTECT", runs, int(protected))
+
+    def punch(self, runs: Runs) -> None:
+        """Free the memory of runs in the guest's file."""
+        self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
+
+    def runs_of(self, numbers: NDArray[np.int64]) -> Runs:
+        """Runs of page numbers, none across an edge of regions."""
         return self._split(PageSet.from_numbers(self.guest.pages, numbers).runs())
 
     def evict(self, pages: PageSet, to: Where) -> int:
@@ -243,7 +316,7 @@ class Pager:
         store = self._stores[to]
         candidates = pages & self.residency.pages_at(Where.RESIDENT)
         if len(candidates) <= _BATCH:
-            return sum(self._evict_batch(claimed, to, store, self._staging) for claimed in self._claims(candidates))
+            return sum(self._evict_batch(claimed, to, store, self._staging) for claimed in self.claims(candidates))
         return self._evict_side_by_side(candidates, to, store)
 
     def _evict_side_by_side(self, candidates: PageSet, to: Where, store: Store) -> int:
@@ -252,7 +325,7 @@ class Pager:
         flying: deque[tuple[Future[int], NDArray[np.uint8]]] = deque()
         went = 0
         with ThreadPoolExecutor(_LANES) as lanes:
-            for claimed in self._claims(candidates):
+            for claimed in self.claims(candidates):
                 flying.append((lanes.submit(self._evict_batch, claimed, to, store, stagings[-1]), stagings.pop()))
                 if not stagings:
                     batch, staging = flying.popleft()
@@ -266,11 +339,11 @@ class Pager:
         try:
             self._put_away(claimed, to, store, staging)
         finally:
-            self._give_up(claimed)
+            self.give_up(claimed)
         return claimed.size
 
     def _put_away(self, numbers: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> None:
-        runs = self._runs(numbers)
+        runs = self.runs_of(numbers)
         content = staging[: numbers.size * PAGE_SIZE]
         try:
             self._everywhere("UFFDIO_WRITEPROTECT", runs, 1)
@@ -319,8 +392,8 @@ class Pager:
         """
         if self._on_disk is None:
             return 0
-        for numbers in self._claims(pages & self.residency.pages_at(Where.RESIDENT)):
-            runs = self._runs(numbers)
+        for numbers in self.claims(pages & self.residency.pages_at(Where.RESIDENT)):
+            runs = self.runs_of(numbers)
             content = self._staging[: numbers.size * PAGE_SIZE]
             try:
                 self._everywhere("UFFDIO_WRITEPROTECT", runs, 1)
@@ -328,7 +401,7 @@ class Pager:
                 found, blocks = self._look_up(numbers, content, zero_pages(content))
                 self.residency.locator[numbers[found]] = blocks
                 self._on_disk.known[numbers] = found
-                others = self._runs(numbers[~found])
+                others = self.runs_of(numbers[~found])
                 self._everywhere("UFFDIO_WRITEPROTECT", others, 0)
             finally:
                 batches.release(self._claimed, numbers)
@@ -347,7 +420,7 @@ class Pager:
         number = np.array([page], dtype=np.int64)
         while not batches.claim(self._claimed, number, np.empty(1, dtype=np.bool_)):
             time.sleep(0.0001)
-        runs = self._runs(number)
+        runs = self.runs_of(number)
         try:
             if self._on_disk is None or not self._on_disk.known[page] or self.residency.where[page] != Where.RESIDENT:
                 raise RefusedError(
@@ -393,7 +466,7 @@ class Pager:
         came = 0
         damage: DamagedPageError | None = None
         for where in self._kinds():
-            for claimed in self._claims(pages & self.residency.pages_at(where)):
+            for claimed in self.claims(pages & self.residency.pages_at(where)):
                 # A fault may have brought some between the look and the claim.
                 numbers = np.ascontiguousarray(claimed[self.residency.where[claimed] == where])
                 try:
@@ -403,7 +476,7 @@ class Pager:
                     damage = error
                     came += self._bring_what_is_whole(numbers, where)
                 finally:
-                    self._give_up(claimed)
+                    self.give_up(claimed)
         self._fetched += came
         if damage is not None:
             raise damage
@@ -412,7 +485,7 @@ class Pager:
     def _bring_back(self, numbers: NDArray[np.int64], at: Where) -> None:
         content = self._staging[: numbers.size * PAGE_SIZE]
         self._read(numbers, at, content)
-        runs = self._runs(numbers)
+        runs = self.runs_of(numbers)
         self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
         self.residency.returned(numbers)
         if at is not Where.DISK:
@@ -448,8 +521,8 @@ class Pager:
             self._regions,
             self._kinds(),
             self._read,
-            self._claims,
-            self._give_up,
+            self.claims,
+            self.give_up,
             self._split,
             partial(self._everywhere, "UFFDIO_WRITEPROTECT"),
             self._faults.meanwhile,
@@ -473,15 +546,12 @@ class Pager:
         if image.saving.pending.any():
             self._everywhere("UFFDIO_WRITEPROTECT", self._whole(), 0)
 
-    def _give_up(self, claimed: NDArray[np.int64]) -> None:
-        batches.release(self._claimed, claimed)
-        self._everywhere("UFFDIO_WAKE", self._runs(claimed))
-
     def release(self) -> None:
         """Make everything resident and let the guest go: its memory is its own again. Idempotent.
 
         :raise DamagedPageError, KernelError: as :meth:`fetch`; the guest is still managed then.
         """
+        self.stop_sharing()
         while any(self.residency.count(where) for where in self._kinds()):
             self.fetch(PageSet.full(self.guest.pages))
         self._faults.close()
@@ -489,6 +559,10 @@ class Pager:
 
     def close(self) -> None:
         """Let go of the guest and leave its pages where they are: who touches an absent one waits for a successor."""
+        if self.overlay is not None:
+            # Its faults are served while it ends what it does.
+            self.overlay.close()
+            self.overlay = None
         self._faults.close()
         self._clamp.close()
 
@@ -514,6 +588,7 @@ class Pager:
             file=counts[Where.FILE],
             disk=counts[Where.DISK],
             snapshot=counts[Where.SNAPSHOT],
+            shared=counts[Where.SHARED],
             evicted=self._evicted,
             zeros=self._zeros,
             fetched=self._fetched,

@@ -8,6 +8,7 @@ flags        where               answer
 WP           any                 lift the protection: nobody is evicting the page, or it would be claimed
 MINOR        any                 map it: UFFDIO_CONTINUE
 none         RESIDENT, ZERO      the page was never written: UFFDIO_ZEROPAGE
+none         SHARED              wake: it is mapped from the sharing pool by now
 none         POOL, FILE          read the slot, compare its digest, UFFDIO_COPY; then RESIDENT; then the slot is free
 none         DISK                the same, of a block of the VM's disk, which stays
 none         SNAPSHOT            read and unpack the chunk, UFFDIO_COPY; then RESIDENT; then its other pages likewise
@@ -114,10 +115,11 @@ class Count(IntEnum):
     SIZE = 11
 
 
-_PAGEFAULT = int(EventKind.PAGEFAULT)
+_PAGEFAULT, _UNMAP = int(EventKind.PAGEFAULT), int(EventKind.UNMAP)
 _WP_FAULT, _MINOR_FAULT = int(FaultFlag.WP), int(FaultFlag.MINOR)
 _COPY, _ZEROPAGE, _CONTINUE = UFFDIO_COPY.number, UFFDIO_ZEROPAGE.number, UFFDIO_CONTINUE.number
 _PROTECT, _WAKE, _POISON = UFFDIO_WRITEPROTECT.number, UFFDIO_WAKE.number, UFFDIO_POISON.number
+_SHARED = int(Where.SHARED)
 _PEER, _RESIDENT, _POOL, _FILE = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL), int(Where.FILE)
 _DISK, _BLOCK = int(Where.DISK), np.uint64((1 << IMAGE_SHIFT) - 1)
 _SNAPSHOT, _SLOTS = int(Where.SNAPSHOT), (1 << SLOT_BITS) - 1
@@ -370,6 +372,8 @@ def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk
             # It has been evicted since the fault: that is answered like one on a page which is there already.
             result = -_EEXIST
         counts[_C_MINOR] += 1
+    elif where[page] == _SHARED:
+        result = -_EEXIST
     elif where[page] == _DISK:
         result = _from_disk(uffd, room, hva, page, table, desk)
     elif where[page] == _SNAPSHOT:
@@ -433,6 +437,9 @@ def _messages(uffds: NDArray[np.int32], table: Table, desk: Desk) -> int:
             state[_S_DETAIL] = np.int64(desk.messages[at + 1])
             address = int(np.int64(desk.messages[at + 2]))
             kind = np.int64(desk.messages[at] & np.uint64(0xFF))
+            if kind == _UNMAP:
+                # Its author sleeps until it is read: nothing else is to be done for it.
+                continue
             if kind != _PAGEFAULT:
                 third = np.int64(desk.messages[at + 3])
                 details = (kind, state[_S_DETAIL], address, third, space)

@@ -20,6 +20,10 @@ _xxh3: Any = types.ExternalFunction("XXH3_64bits", types.uint64(types.uintp, typ
 _xxh3_seeded: Any = types.ExternalFunction(
     "XXH3_64bits_withSeed", types.uint64(types.uintp, types.uint64, types.uint64)
 )
+xxh3_with_secret: Any = types.ExternalFunction(
+    "XXH3_64bits_withSecret", types.uint64(types.uintp, types.uint64, types.uintp, types.uint64)
+)
+"""For compiled loops: the digest of (address, length) under the secret at (address, length)."""
 
 
 @njit("void(uint64[::1], boolean[::1])", cache=True, nogil=True)

@@ -112,8 +112,16 @@ class Clamp:
         """
         start, size = self.guest.regions[0].hva, self.guest.regions[0].page_size
         if self.mode & Mode.WP:
-            self.uffd.write_protect(start, size, protect=False)
-            return
+            while True:
+                try:
+                    self.uffd.write_protect(start, size, protect=False)
+                    return
+                except KernelError as error:
+                    if error.errno != errno.EAGAIN:
+                        raise
+                # Whoever had it died while the address space changed, which goes on when that is read; the faults
+                # among what is read are asked again when the successor has woken everybody.
+                self.uffd.read()
         try:
             self.uffd.continue_(start, size)
         except KernelError as error:

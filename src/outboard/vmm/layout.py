@@ -5,6 +5,7 @@ A guest that waits for a page may answer no QMP, so nobody can attach to it anew
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -50,4 +51,14 @@ class Layout(msgspec.Struct, frozen=True):
 
         :raise KernelError: it has ended.
         """
-        return Guest(self.name, self.pid, self.regions, self.vcpus)
+        maps = proc.maps(self.pid)
+        return Guest(self.name, self.pid, tuple(_as_mapped(region, maps) for region in self.regions), self.vcpus)
+
+
+def _as_mapped(region: Region, maps: list[proc.Mapping]) -> Region:
+    """A region whose mapping has been cut since, by pages that are mapped from elsewhere: its first page never is."""
+    for one in maps:
+        kept = region.mapping
+        if one.start <= region.hva < one.end and (one.device, one.inode) == (kept.device, kept.inode):
+            return replace(region, mapping=one)
+    return region

@@ -139,6 +139,12 @@ def _mapping_at(guest: str, hva: int, one: RamRange, maps: list[Mapping]) -> Map
     end = hva
     for mapping in maps:
         if mapping.start <= end < mapping.end and end < hva + one.size:
+            if holding.shared and not mapping.shared and mapping.inode not in (0, holding.inode):
+                raise RefusedError(
+                    "sharing",
+                    f"{guest}: pages of its memory {one.name} are shared, and mapped from elsewhere at "
+                    f"{mapping.start:#x}; un-share them first, with outboard sharing stop",
+                )
             if not mapping.shared or _place(mapping) != _place(holding):
                 raise RefusedError(
                     "not-shared",
