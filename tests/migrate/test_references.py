@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from outboard.errors import OutboardError, PeerError
 from outboard.migrate import messages, ranking
+from outboard.migrate import references as references_module
 from outboard.migrate.messages import AllSent, Barrier, ImagesSeen
 from outboard.migrate.outbox import Outbox
 from outboard.migrate.receiving import BulkReceiver
@@ -117,7 +118,14 @@ class Scene:
 
 
 @pytest.fixture
-def guest() -> Iterator[Guest]:
+def tireless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking never rests: on a busy machine it would seem not to pay."""
+    monkeypatch.setattr(references_module, "_FEW", 0)
+    monkeypatch.setattr(references_module, "_SLOW", 0)
+
+
+@pytest.fixture
+def guest(tireless: None) -> Iterator[Guest]:  # noqa: ARG001  # for what it does
     with Target(mebibytes=MIB) as target:
         made = guest_of(target)
         noise = np.random.default_rng(3).integers(0, 256, (PAGES, PAGE_SIZE), dtype=np.uint8)
@@ -234,7 +242,11 @@ def test_a_destination_that_asks_for_more_than_there_was_is_not_believed(
             scene.worker.hear(30)
 
 
-def test_looking_rests_where_it_finds_nothing_or_takes_too_long(image: Path, tmp_path: Path) -> None:
+def test_looking_rests_where_it_finds_nothing_or_takes_too_long(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references_module, "_FEW", 1024)
+    monkeypatch.setattr(references_module, "_SLOW", 16384)
     references = References([Disk(path=str(image), read_only=True)], tmp_path / "indexes", enabled=True)
     references.make_indexes()
     asked = references.ask()

@@ -49,8 +49,6 @@ _SENDING_NS = PAGE_SIZE / 1.3
 """What sending a page takes where the link is not the limit: TLS does some 1.3 GB/s."""
 _SECTORS, _COLD = PAGE_SIZE // 512, 0.25
 """Of a page; and which part of the pages that were found must have come from the disk for it to be slow."""
-_LATER_S = 0.2
-"""Between two looks for an index that is being made."""
 
 
 class References:
@@ -126,6 +124,8 @@ class References:
                 continue
             if self._agreed[number] and self._made[number]:
                 finder.indexes[number] = index.load(layer, self._indexes)
+                # One that is damaged is not tried again.
+                self._made[number] = finder.indexes[number] is not None
             complete &= finder.indexes[number] is not None
         return complete
 
@@ -151,7 +151,6 @@ class Lookup:
         self._references, self._clock, self._processor, self._disk_reads = references, clock, processor, disk_reads
         self._finder = references.finder() if references.wanted else None
         self._complete = False
-        self._renewed = -1_000_000_000
         self._looked = self._found = self._took_ns = self._used_ns = self._resting = 0
         self._read = 0
         self.open = 0
@@ -171,9 +170,9 @@ class Lookup:
         if self._resting > 0:
             self._resting -= len(pages)
             return None
-        if not self._complete and self._clock() - self._renewed > _LATER_S * 1e9:
+        if not self._complete:
+            # At each batch: a gigabit link carries a small guest within a second.
             self._complete = self._references.renew(finder)
-            self._renewed = self._clock()
         if not any(one is not None for one in finder.indexes):
             return None
         began, used, read = self._clock(), self._processor(), self._disk_reads()
