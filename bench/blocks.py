@@ -35,6 +35,7 @@ from tests.support.link import Link
 from .claims import Claim, claim, publish
 
 MIB = 1 << 20
+_BOOT_S = 600.0
 WORK = """
 mkdir -p /var/tmp/work && cd /var/tmp && touch /run/working
 setsid sh -c 'while [ -e /run/working ]; do
@@ -77,6 +78,7 @@ def scene(mebibytes: int) -> Iterator[Vm]:
                 mebibytes=mebibytes,
                 append=f"{disk.COMMAND_LINE} init=/sbin/init",
                 tables=tables,
+                boot_s=_BOOT_S,
             )
 
 

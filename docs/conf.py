@@ -29,6 +29,7 @@ man_pages = [
     ("commands", "outboard", "memory engine for virtual machines, from outside the VMM", author, 1),
     ("run", "outboard-vm", "the file that describes a VM", author, 5),
     ("migrate", "outboard-migrate", "move a running VM to another host", author, 7),
+    ("snapshot", "outboard-snapshot", "save running VMs and restore them", author, 7),
     ("attach", "outboard-attach", "which VMs can be attached to, and how", author, 7),
     ("enlightenment", "outboard-enlightenment", "what is asked of the guest, and what follows from it", author, 7),
     ("kernel-features", "outboard-kernel-features", "what is probed in the host's kernel", author, 7),

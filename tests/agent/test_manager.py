@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from outboard.agent.manager import CONTROL, Manager
-from outboard.agent.orders import Evict, Fetch, HandOver, Look, Release, ask
+from outboard.agent.orders import Evict, Fetch, HandOver, Learn, Look, Recover, Release, ask
 from outboard.errors import NotFoundError, OutboardError, RefusedError, UnreachableError
 from outboard.linux import proc
+from outboard.pages import PAGE_SIZE
 from outboard.vmm.guest import Guest
 from outboard.vmm.process import attach_process
+from outboard.vmm.spec import Disk
 from tests.support.process_guest import guest_of
 from tests.support.requirements import require
 from tests.support.target import Target
@@ -40,10 +42,10 @@ def directory(tmp_path: Path) -> Path:
 class Engine:
     """A manager in a thread."""
 
-    def __init__(self, directory: Path, pid: int, *, successor: bool = False) -> None:
+    def __init__(self, directory: Path, pid: int, *, successor: bool = False, disks: Sequence[Disk] = ()) -> None:
         self.control = directory / CONTROL
-        swap = directory.parent / "swap" / "target"
-        self._manager = Manager(directory, partial(attach_process, pid), swap, successor=successor)
+        swap, indexes = directory.parent / "swap" / "target", directory.parent / "blocks"
+        self._manager = Manager(directory, partial(attach_process, pid), swap, disks, indexes, successor=successor)
         self._thread = threading.Thread(target=self._manager.serve)
         self._thread.start()
 
@@ -72,6 +74,46 @@ def test_orders_are_carried_out_and_answered(target: Target, directory: Path) ->
     assert not directory.exists()
     assert not list((directory.parent / "swap").iterdir())
     assert target.ask("t").startswith("touched ")
+
+
+def held_on_disk(target: Target, path: Path) -> Disk:
+    """A disk that holds the target's pages 100 to 199."""
+    content = bytearray(100 * PAGE_SIZE)
+    with guest_of(target) as guest:
+        guest.memory.read_into(100, memoryview(content))
+    path.write_bytes(content)
+    return Disk(path=str(path), read_only=True)
+
+
+def test_what_a_disk_holds_is_dropped_known_and_put_back(target: Target, directory: Path, tmp_path: Path) -> None:
+    engine = Engine(directory, target.pid, disks=[held_on_disk(target, tmp_path / "image")])
+    assert ask(engine.control, Learn()).moved == 100 * PAGE_SIZE
+    ask(engine.control, Recover(150))
+    assert target.ask("w 151 3") == "written"
+    for page, why in ((151, "not known to lie"), (1 << 40, "has pages 0 to")):
+        with pytest.raises(RefusedError, match=why):
+            ask(engine.control, Recover(page))
+    looked = ask(engine.control, Evict(to="file", idle=0.0))
+    assert (looked.disk, looked.file) == (99 * PAGE_SIZE, (1024 - 100) * PAGE_SIZE)
+    assert target.ask("r 150") == "150"
+    assert ask(engine.control, Release()).disk == 0
+    engine.join()
+
+
+def test_pages_are_brought_back_before_somebody_writes_to_their_image(
+    target: Target, directory: Path, tmp_path: Path
+) -> None:
+    engine = Engine(directory, target.pid, disks=[held_on_disk(target, tmp_path / "image")])
+    ask(engine.control, Learn())
+    assert ask(engine.control, Evict(to="file", idle=0.0)).disk == 100 * PAGE_SIZE
+    # The kernel lets us in only when the engine has let go.
+    with (tmp_path / "image").open("r+b") as image:
+        image.write(b"?" * 100 * PAGE_SIZE)
+    assert ask(engine.control, Look()).disk == 0
+    assert target.ask("r 150") == "150"
+    assert ask(engine.control, Evict(to="file", idle=0.0)).disk == 0
+    ask(engine.control, Release())
+    engine.join()
 
 
 def test_other_orders_are_heard_while_an_eviction_watches(target: Target, directory: Path) -> None:

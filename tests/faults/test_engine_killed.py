@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from outboard.pager.on_disk import OnDisk
 from outboard.pager.pager import Pager
+from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
 from outboard.stores.file import FileStore
+from outboard.vmm.spec import Disk
 from tests.support.killing import killed_at
 from tests.support.process_guest import guest_of
 from tests.support.requirements import require
@@ -37,11 +40,24 @@ class Scene:
         self.chance = random.Random(7)
         self.target.ask("g")
         self.writing = True
+        self.disks: list[Disk] = []
+        self.on_disk: OnDisk | None = None
 
     def engage(self) -> Pager:
         stores = {where: FileStore(self.journal / where.name, PAGES) for where in (Where.POOL, Where.FILE)}
-        self.pager = Pager(self.guest, Residency(PAGES, self.journal), stores)
+        if self.disks:
+            self.on_disk = OnDisk(self.disks, self.journal / "indexes", self.journal, PAGES)
+            self.on_disk.await_indexes()
+        self.pager = Pager(self.guest, Residency(PAGES, self.journal), stores, on_disk=self.on_disk)
         return self.pager
+
+    def put_on_disk(self, first: int, count: int) -> None:
+        """Have a disk that holds pages as they are now."""
+        content = bytearray(count * PAGE_SIZE)
+        self.guest.memory.read_into(first, memoryview(content))
+        image = self.journal / "image"
+        image.write_bytes(content)
+        self.disks = [Disk(path=str(image), read_only=True)]
 
     def calm(self) -> None:
         """Stop the writers, who look whether everything is as they left it. Idempotent."""
@@ -60,6 +76,8 @@ class Scene:
         pager.fetch(PageSet.from_runs(PAGES, np.array([[self.chance.randrange(900), 100]])))
         assert pager.failure is None
         pager.close()
+        if self.on_disk is not None:
+            self.on_disk.close()
 
 
 @pytest.fixture
@@ -101,6 +119,27 @@ def test_while_evicting(scene: Scene, to: Where) -> None:
         scene.pager.evict(scene.some(), to)
 
     assert kills(scene, scene.engage, work) > 20
+
+
+def test_while_dropping_what_a_disk_holds(scene: Scene) -> None:
+    scene.engage()
+    scene.calm()
+    assert scene.pager is not None
+    scene.pager.close()
+    scene.put_on_disk(90, 100)
+
+    def prepare() -> None:
+        scene.engage().fetch(PageSet.full(PAGES))
+
+    def work() -> None:
+        assert scene.pager is not None
+        scene.pager.evict(scene.some(), Where.FILE)
+
+    assert kills(scene, prepare, work) > 20
+    last = scene.engage()
+    last.evict(scene.some(), Where.FILE)
+    assert last.residency.count(Where.DISK) == 30
+    last.close()
 
 
 @pytest.mark.parametrize("at", [Where.POOL, Where.FILE])

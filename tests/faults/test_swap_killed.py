@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from outboard.stores.reservation import UNIT_PAGES, Reservation
+from outboard.stores.moving import UNIT_PAGES
+from outboard.stores.reservation import Reservation
 from outboard.stores.swap import SwapStore
 from tests.support.killing import killed_at
 from tests.support.loops import KINDS, fill, mounted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from outboard.errors import OutboardError, PeerError
-from outboard.migrate import messages
+from outboard.migrate import messages, ranking
 from outboard.migrate.messages import AllSent, Barrier, ImagesSeen
 from outboard.migrate.outbox import Outbox
 from outboard.migrate.receiving import BulkReceiver
@@ -59,7 +59,7 @@ class Scene:
     def __init__(self, directory: Path, guest: Guest, here: Path, there: Path, *, agree: bool = True) -> None:
         self.guest = guest
         self.outbox = Outbox(PAGES)
-        self.outbox.rank[:] = 7
+        self.outbox.rank[:] = ranking.UNCLASSED
         # A gigabit: on a faster link a busy machine may find that looking does not pay.
         self.outbox.limit = 125_000_000
         self.references = References([Disk(path=str(here), read_only=True)], directory / "indexes", enabled=True)
@@ -91,7 +91,7 @@ class Scene:
 
     def send(self) -> None:
         """Send everything and hear that it has been placed."""
-        self.worker.tell(encode_order(Send(0, PAGES, 9, paced=False)))
+        self.worker.tell(encode_order(Send(0, PAGES, ranking.LAST, paced=False)))
         report = self.worker.hear(60)
         assert report is not None
         assert decode_done.decode(report).complete
@@ -135,7 +135,7 @@ def image(guest: Guest, tmp_path: Path) -> Path:
     return path
 
 
-def damaged(image: Path, blocks: range) -> Path:
+def damaged(image: Path, blocks: Iterable[int]) -> Path:
     """A copy that another host has, and that is not quite the same."""
     raw = bytearray(image.read_bytes())
     for block in blocks:
@@ -158,7 +158,7 @@ def test_what_both_hosts_have_goes_as_references(guest: Guest, image: Path, tmp_
 
 def test_blocks_that_differ_over_there_are_sent_after_all(guest: Guest, image: Path, tmp_path: Path) -> None:
     # Few enough that the samples agree, or else nothing is referred to: they are taken where the nonce says.
-    there = damaged(image, range(50, 60))
+    there = damaged(image, [*range(50, 55), *range(HELD - 5, HELD)])
     with Scene(tmp_path, guest, image, there, agree=False) as scene:
         scene.references._agreed[:] = 1
         scene.send()
@@ -178,6 +178,13 @@ def test_a_storage_that_is_another_is_given_up_after_the_first_answer(
         assert ASK_EVERY <= content.block_pages < ASK_EVERY + 64
 
 
+def test_what_is_no_files_page_is_not_looked_for(guest: Guest, image: Path, tmp_path: Path) -> None:
+    with Scene(tmp_path, guest, image, image) as scene:
+        scene.outbox.rank[:2000] = ranking.EARLY_UPTO
+        scene.send()
+        assert scene.outbox.statistics().content.block_pages == HELD - 1000
+
+
 def test_what_the_destination_does_not_have_is_not_referred_to(guest: Guest, image: Path, tmp_path: Path) -> None:
     there = image.with_name("there")
     there.write_bytes(image.read_bytes()[:-PAGE_SIZE])
@@ -190,6 +197,20 @@ def test_what_the_destination_does_not_have_is_not_referred_to(guest: Guest, ima
 def test_a_disk_that_is_written_to_and_one_that_is_not_wanted(image: Path, tmp_path: Path) -> None:
     assert not References([Disk(path=str(image))], tmp_path, enabled=True).wanted
     assert not References([Disk(path=str(image), read_only=True)], tmp_path, enabled=False).wanted
+
+
+def test_an_index_that_is_there_need_not_be_made(image: Path, tmp_path: Path) -> None:
+    disks = [Disk(path=str(image), read_only=True)]
+    first = References(disks, tmp_path, enabled=True)
+    lacking = [first.lacks_indexes]
+    first.make_indexes()
+    again = References(disks, tmp_path, enabled=True)
+    lacking += [first.lacks_indexes, again.lacks_indexes]
+    image.write_bytes(bytes(PAGE_SIZE))
+    lacking.append(References(disks, tmp_path, enabled=True).lacks_indexes)
+    assert lacking == [True, False, False, True]
+    for one in (first, again):
+        one.close()
 
 
 def test_samples_are_of_the_whole_size_and_of_places_that_the_asker_chooses(image: Path) -> None:
@@ -208,7 +229,7 @@ def test_a_destination_that_asks_for_more_than_there_was_is_not_believed(
 ) -> None:
     with Scene(tmp_path, guest, image, image) as scene:
         scene.sockets[1].send_request(list(range(PAGES)))
-        scene.worker.tell(encode_order(Send(0, PAGES, 9, paced=False)))
+        scene.worker.tell(encode_order(Send(0, PAGES, ranking.LAST, paced=False)))
         with pytest.raises(OutboardError, match="asks for"):
             scene.worker.hear(30)
 
@@ -227,8 +248,8 @@ def test_looking_rests_where_it_finds_nothing_or_takes_too_long(image: Path, tmp
         now[0] += 1000
         return now[0]
 
-    def looks(lookup: Lookup, pages: NDArray[np.uint8], page_ns: float) -> int:
-        return sum(lookup.blocks(pages, every, page_ns) is not None for _ in range(64))
+    def looks(lookup: Lookup, pages: NDArray[np.uint8], page_ns: float, spare: bool = False) -> int:
+        return sum(lookup.blocks(pages, every, page_ns, spare=spare) is not None for _ in range(64))
 
     assert looks(Lookup(references, clock, clock), held, 30_000) == 64
     other = np.random.default_rng(9).integers(0, 256, (64, PAGE_SIZE), dtype=np.uint8)
@@ -238,8 +259,15 @@ def test_looking_rests_where_it_finds_nothing_or_takes_too_long(image: Path, tmp
         now[0] += 64 * 40_000
         return now[0]
 
-    assert looks(Lookup(references, clock, slow), other, 30_000) == 16
-    assert looks(Lookup(references, slow, clock, clock), held, 30_000) == 16
-    assert looks(Lookup(references, slow, clock, clock), held, 50_000) == 64
+    assert looks(Lookup(references, clock, slow), other, 30_000) == 32
+    assert looks(Lookup(references, clock, slow), other, 30_000, spare=True) == 64
+    sectors = [0]
+
+    def cold() -> int:
+        sectors[0] += 64 * 8
+        return sectors[0]
+
+    assert looks(Lookup(references, slow, clock, cold), held, 30_000) == 16
+    assert looks(Lookup(references, slow, clock, cold), held, 50_000) == 64
     assert looks(Lookup(references, slow, clock, lambda: 5), held, 30_000) == 64
     references.close()

@@ -12,6 +12,7 @@ import pytest
 from outboard.pager.pager import Pager
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
+from outboard.stores import moving
 from outboard.stores.reservation import Reservation
 from outboard.stores.swap import SwapStore
 from tests.support.loops import fill, mounted
@@ -47,7 +48,7 @@ def test_what_was_swapped_out_comes_back(
         if full:
             fill(disk)
             # As if somebody took each block that is nobody's for a moment.
-            monkeypatch.setattr(Reservation, "_move_out", lambda *_: False)
+            monkeypatch.setattr(moving, "move", lambda *_: False)
         before = (disk / "swap" / "reservation").stat().st_blocks
         assert pager.evict(PageSet.full(PAGES), Where.FILE) == PAGES
         gone = before - (disk / "swap" / "reservation").stat().st_blocks

@@ -14,7 +14,8 @@ import pytest
 
 from outboard.errors import OutboardError, RefusedError, StoreFullError
 from outboard.linux import fallocate, fiemap
-from outboard.stores.reservation import SPARE, UNIT, Reservation, SwapFile
+from outboard.stores.moving import UNIT
+from outboard.stores.reservation import SPARE, Reservation, SwapFile
 from tests.support.loops import KINDS, fill, mounted
 from tests.support.requirements import require
 

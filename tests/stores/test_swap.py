@@ -11,7 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, StoreFullError
-from outboard.stores.reservation import UNIT, UNIT_PAGES, Reservation
+from outboard.stores import moving
+from outboard.stores.moving import UNIT, UNIT_PAGES
+from outboard.stores.reservation import Reservation
 from outboard.stores.store import Store
 from outboard.stores.swap import SwapStore
 from tests.support.loops import KINDS, fill, mounted
@@ -132,7 +134,7 @@ def test_a_full_disk_takes_no_swap_out_away(place: Place) -> None:
 
 
 def test_a_page_in_a_lent_unit_is_kept_through_a_death(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reservation, "_move_out", lambda *_: False)
+    monkeypatch.setattr(moving, "move", lambda *_: False)
     store = place.store
     locators = store.put(pages(*range(300)))
     assert place.own_mebibytes() == 0

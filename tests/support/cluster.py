@@ -197,6 +197,7 @@ class Vm:
         more: str = "",
         tables: str = "",
         append: str = COMMAND_LINE,
+        boot_s: float = WAIT_S,
     ) -> None:
         self.cluster = cluster
         self.name = name
@@ -209,7 +210,7 @@ class Vm:
         )
         done = cluster.a.outboard("run", str(spec))
         assert done.returncode == 0, done.stderr
-        wait_for(lambda: b"outboard-guest ready" in self.record("a").console.read_bytes(), "the guest's boot")
+        wait_for(lambda: b"outboard-guest ready" in self.record("a").console.read_bytes(), "the guest's boot", boot_s)
 
     def record(self, host: str) -> VmRecord:
         """Its record on a host."""

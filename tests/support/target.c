@@ -7,6 +7,8 @@
 //   g             start THREADS writers, each counting in a slot of its own in random pages
 //   p MICROS      have writers rest so long between two writes
 //   s             stop them and print "bad N of OPS": slots that differ from the thread's own count
+//   n             start a thread that writes 1, 2, 3 and so on, each to the second word of a page of its own
+//   e             stop it and print the last number
 //   k             print how many SIGUSR1 have come, and the value that the last one carried
 //   d PAGE COUNT  MADV_DONTNEED of COUNT pages
 //   b             block all signals in this thread
@@ -79,6 +81,18 @@ static void *write_randomly(void *argument) {
     return NULL;
 }
 
+static volatile uint64_t sequence;
+
+static void *write_in_order(void *argument) {
+    (void)argument;
+    while (!stopping) {
+        uint64_t next = sequence + 1;
+        *(volatile uint64_t *)(region + next * 7919 % pages * 4096 + 8) = next;
+        sequence = next;
+    }
+    return NULL;
+}
+
 int main(int count, char **arguments) {
     if (count < 4) return 2;
     size_t bytes = strtoul(arguments[2], NULL, 10) << 20;
@@ -133,6 +147,14 @@ int main(int count, char **arguments) {
                 bad += writers[number].bad;
             }
             printf("bad %lu of %lu\n", bad, operations);
+        } else if (line[0] == 'n') {
+            stopping = 0;
+            pthread_create(&writers[0].thread, NULL, write_in_order, NULL);
+            printf("going\n");
+        } else if (line[0] == 'e') {
+            stopping = 1;
+            pthread_join(writers[0].thread, NULL);
+            printf("%lu\n", sequence);
         } else if (line[0] == 'k') {
             printf("%d %d\n", (int)signals, (int)value_sent);
         } else if (sscanf(line, "d %lu %lu", &page, &value) == 2) {

@@ -54,8 +54,13 @@ def runtime_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """Where what outlives a reboot is: the history."""
+    """Where what outlives a reboot is: the history, the snapshots."""
     return Path(os.environ.get("OUTBOARD_STATE_DIR", "/var/lib/outboard"))
+
+
+def snapshot_dir() -> Path:
+    """The snapshots of this host's VMs."""
+    return state_dir() / "snapshots"
 
 
 def socket_path() -> Path:

@@ -66,6 +66,14 @@ class MigrateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return options_for(self.goal, self.options)
 
 
+class RestoreRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /v1/restores."""
+
+    vm: str
+    snapshot: str
+    eager: bool = False
+
+
 class LimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of PATCH /v1/migrations/ID: bytes/s, null is unlimited."""
 
@@ -158,6 +166,18 @@ class Agent:
             self._engaging.remove(vm)
         return JSONResponse({"control": os.fspath(path)})
 
+    async def _restore(self, request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=RestoreRequest)
+        except msgspec.DecodeError as error:
+            raise UsageError(f"POST /v1/restores: {error}") from error
+        self._engaging.append(wanted.vm)
+        try:
+            engine = await asyncio.to_thread(self._supervisor.restore, wanted.vm, wanted.snapshot, eager=wanted.eager)
+        finally:
+            self._engaging.remove(wanted.vm)
+        return JSONResponse({"vm": wanted.vm, "engine": engine})
+
     async def _upgrade_engine(self, request: Request) -> Response:
         engine = await asyncio.to_thread(self._supervisor.upgrade, request.path_params["vm"])
         return JSONResponse({"engine": engine})
@@ -204,6 +224,7 @@ class Agent:
                 Route("/v1/migrations/{name}", self._patch, methods=["PATCH"]),
                 Route("/v1/migrations/{name}/reports", self._get_reports, methods=["GET"]),
                 Route("/v1/migrations/{name}/cancel", self._cancel, methods=["POST"]),
+                Route("/v1/restores", self._restore, methods=["POST"]),
                 Route("/v1/engines/{vm}", self._ensure_engine, methods=["PUT"]),
                 Route("/v1/sharing/{domain}", self._share, methods=["PUT"]),
                 Route("/v1/engines/{vm}/upgrade", self._upgrade_engine, methods=["POST"]),

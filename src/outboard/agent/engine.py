@@ -21,16 +21,18 @@ import msgspec
 import numpy as np
 
 from outboard.agent import domains, planning
-from outboard.agent.config import state_dir
+from outboard.agent.config import snapshot_dir, state_dir
 from outboard.agent.domains import Sharing
 from outboard.agent.history import History
 from outboard.agent.manager import Manager
 from outboard.agent.planning import Planning
 from outboard.agent.promises import admitted
+from outboard.agent.restoring import Source
+from outboard.agent.snapshotting import Vm
 from outboard.agent.succession import keep_task, left_task, only_one
 from outboard.agent.swapping import Swapping
 from outboard.agent.verdicts import Verdicts
-from outboard.errors import NeedsRecoveryError, OutboardError, UnreachableError
+from outboard.errors import NeedsRecoveryError, OutboardError, RefusedError, UnreachableError
 from outboard.linux import pidfd, prctl, sched
 from outboard.migrate import messages
 from outboard.migrate.admission import Admission
@@ -47,8 +49,10 @@ from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.arriving_large import arriving_kind
 from outboard.pager.rebuilding import Rebuilding
 from outboard.stores.images.images import Images
+from outboard.stores.snapshot import open_chain
 from outboard.vmm.attach import attach
 from outboard.vmm.device_state import Arrival, runs
+from outboard.vmm.disks import cloned, remove_clones
 from outboard.vmm.guest import Guest
 from outboard.vmm.launch import launch, stop
 from outboard.vmm.layout import Layout
@@ -69,6 +73,7 @@ PAUSED = "paused"
 """A file in DEPARTING: the guest was paused when it was sent away, and is to stay so."""
 _LAYOUT = "layout.json"
 _ANSWER_S = 2.0
+_LOAD_S = 30.0
 
 
 class Depart(msgspec.Struct, frozen=True, tag="depart"):
@@ -106,7 +111,16 @@ class Manage(msgspec.Struct, frozen=True, tag="manage"):
     successor: bool
 
 
-Task = Depart | Receive | Manage | Planning | Sharing
+class Restore(msgspec.Struct, frozen=True, tag="restore"):
+    """Begin the VM ``vm`` with what a snapshot has, and manage it; ``eager``: bring all its pages in before it runs."""
+
+    vm: str
+    snapshot: str
+    swap: Swapping
+    eager: bool
+
+
+Task = Depart | Receive | Manage | Restore | Planning | Sharing
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -195,6 +209,8 @@ def run_engine(task: bytes, pipe: Connection, runtime: str, identity: str) -> No
                 domains.run(work, Registry(Path(runtime)), lambda: _ready(desk))
             case Manage():
                 _manage(work, desk, Registry(Path(runtime)))
+            case Restore():
+                _restore(work, desk, Registry(Path(runtime)))
     except OutboardError as error:
         desk.report(Refused(why=str(error), exit_code=error.exit_code))
         sys.exit(1)
@@ -257,14 +273,68 @@ def _manage(work: Manage, desk: PipeDesk, registry: Registry) -> None:
     """Manage the VM's memory for as long as it runs; the agent is told once, and not needed afterwards."""
     record = registry.get(work.vm)
     disks = parse_spec(record.spec_text(), f"the spec of {work.vm}").disks
-    manager = Manager(
-        record.memory_directory,
-        record.attach,
-        work.swap,
-        disks,
-        state_dir() / INDEXES,
-        successor=work.successor,
-    )
+    try:
+        manager = Manager(
+            record.memory_directory,
+            record.attach,
+            work.swap,
+            disks,
+            state_dir() / INDEXES,
+            successor=work.successor,
+            vm=Vm(work.vm, registry, snapshot_dir()),
+        )
+    except RefusedError as error:
+        if error.reason == "restore-broken":
+            end_broken(record, registry)
+        raise
+    _ready(desk)
+    manager.serve()
+
+
+def end_broken(record: VmRecord, registry: Registry) -> None:
+    """End a VM whose restoration was broken off: it has never run."""
+    spec = parse_spec(record.spec_text(), f"the description of {record.name}")
+    stop(record, registry)
+    remove_clones(spec)
+
+
+def _restore(work: Restore, desk: PipeDesk, registry: Registry) -> None:
+    """Start a QEMU that waits, give it the devices' state and no memory, and manage it from then on."""
+    directory = snapshot_dir()
+    contents = open_chain(directory, work.snapshot)[0]
+    spec = parse_spec(contents.meta.spec, f"the description of {work.snapshot}")
+    spec = cloned(msgspec.structs.replace(spec, name=work.vm))
+    record: VmRecord | None = None
+    try:
+        with admitted(spec, registry):
+            record = launch(spec, registry, incoming=True)
+        manager = Manager(
+            record.memory_directory,
+            record.attach,
+            work.swap,
+            spec.disks,
+            state_dir() / INDEXES,
+            vm=Vm(work.vm, registry, directory),
+            restore=Source(os.fspath(directory), work.snapshot),
+        )
+        with (
+            honest_about(record),
+            Vm(work.vm, registry, directory).attach() as guest,
+            contextlib.closing(Arrival(guest, record.directory)) as arrival,
+        ):
+            arrival.feed(memoryview(contents.devices))
+            arrival.finish(_LOAD_S)
+            if work.eager:
+                manager.bring_all()
+            if contents.meta.running:
+                arrival.resume(_LOAD_S)
+            manager.begun()
+            arrival.announce()
+    except BaseException:
+        if record is not None:
+            stop(record, registry)
+        remove_clones(spec)
+        raise
     _ready(desk)
     manager.serve()
 

@@ -37,6 +37,7 @@ import msgspec
 import numpy as np
 import structlog
 
+from outboard.agent import restoring
 from outboard.agent.orders import (
     DropZeros,
     Evict,
@@ -44,6 +45,7 @@ from outboard.agent.orders import (
     Fetch,
     HandOver,
     Learn,
+    Look,
     Looked,
     Order,
     ReadRound,
@@ -52,12 +54,16 @@ from outboard.agent.orders import (
     Recover,
     Release,
     Share,
+    Snapped,
+    Snapshot,
     Tidy,
     Unshare,
     ask,
 )
 from outboard.agent.reclaiming import Reclaimer
+from outboard.agent.restoring import Restored, Source
 from outboard.agent.sharer import Sharer
+from outboard.agent.snapshotting import Snapshotting, Vm, mend
 from outboard.agent.swapping import PlainSwap, Swapping
 from outboard.errors import DamagedPageError, KernelError, OutboardError, RefusedError
 from outboard.linux import pidfd
@@ -70,6 +76,7 @@ from outboard.pages.residency import Residency, Where
 from outboard.stores import disk
 from outboard.stores.file import FileStore
 from outboard.stores.images.layers import DiskSpec
+from outboard.stores.snapshot import SnapshotStore
 from outboard.trace.idle import IdleTrace
 from outboard.vmm.guest import Guest
 from outboard.vmm.layout import Layout
@@ -80,6 +87,7 @@ _SWAPPING = "swap.json"
 _HAND_OVER_S = 10.0
 _HALF_LIFE_S = 300.0
 """Of what earlier orders have seen the guest touch."""
+_SNAPSHOT_LOOK_S = 0.01
 _LOOK_S = 1.0
 """How often to look whether faults are still served."""
 log = structlog.get_logger()
@@ -103,6 +111,8 @@ class Manager:
     :param swap: where swapped pages go; of a guest that is managed already, where they have gone so far.
     :param disks: of the guest, and :param indexes: the directory of what they hold, if pages may be left to them.
     :param successor: ask an engine that has the guest to hand it over.
+    :param restore: the snapshot that the guest, which has never run, begins with.
+    :param vm: what is known of it besides its memory; without it no snapshots are taken.
     :raise RefusedError: ``managed``: another engine has it; else as :class:`~outboard.pager.pager.Pager`.
     :raise NotFoundError, UnreachableError, KernelError: the guest cannot be attached to.
 
@@ -118,6 +128,8 @@ class Manager:
         indexes: Path | None = None,
         *,
         successor: bool = False,
+        vm: Vm | None = None,
+        restore: Source | None = None,
     ) -> None:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._directory = directory
@@ -126,37 +138,70 @@ class Manager:
             undo.callback(os.close, self._lock)
             self._swap: Swapping = PlainSwap(os.fspath(swap)) if isinstance(swap, Path) else swap
             layout = Layout.load(directory / LAYOUT)
-            if layout is not None:
-                self._swap = msgspec.json.decode((directory / _SWAPPING).read_bytes(), type=Swapping)
-            else:
+            if layout is None:
                 # Whatever lies here is another guest's, or of the time before a power cut: nobody can want it.
                 _empty(directory)
                 self._swap.remove()
                 undo.callback(self._forget)
                 (directory / _SWAPPING).write_bytes(msgspec.json.encode(self._swap))
+                if restore is not None:
+                    restoring.begin(directory, restore)
                 with attach() as attached:
                     layout = Layout.keep(attached, directory / LAYOUT)
+            elif restoring.is_broken(directory):
+                raise RefusedError(
+                    "restore-broken", f"{layout.name} was not restored to the end, and has never run; restore it again"
+                )
+            else:
+                self._swap = msgspec.json.decode((directory / _SWAPPING).read_bytes(), type=Swapping)
             self._guest = layout.guest()
             undo.callback(self._guest.close)
             self._listener = listen(directory / CONTROL)
             undo.callback(self._listener.close)
             pages = self._guest.pages
-            self._stores = {
+            self._swapped = self._swap.open(pages, directory)
+            self._stores: dict[Where, FileStore | SnapshotStore] = {
                 Where.POOL: FileStore(directory / "pool", pages),
-                Where.FILE: self._swap.open(pages, directory),
+                Where.FILE: self._swapped,
             }
             self._heat = Heat(pages, _HALF_LIFE_S, time.monotonic())
             self._process = pidfd.open(layout.pid)
             undo.callback(os.close, self._process)
+            residency = Residency(pages, directory)
+            self._restored: Restored | None = None
+            if (source := restoring.source_of(directory)) is not None:
+                self._restored = Restored(directory, source)
+                undo.callback(self._restored.store.close)
+                self._stores[Where.SNAPSHOT] = self._restored.store
+                if restore is not None:
+                    self._restored.absent(self._guest, residency)
             self._disks = None if indexes is None else OnDisk(disks, indexes, directory, pages)
-            self._pager = Pager(self._guest, Residency(pages, directory), self._stores, on_disk=self._disks)
+            if self._disks is not None:
+                undo.callback(self._disks.close)
+            self._pager = Pager(self._guest, residency, self._stores, on_disk=self._disks)
             undo.callback(self._pager.close)
             self._sharer = Sharer(self._pager, directory, directory.parents[2])
             self._reclaimer = Reclaimer(self._guest, directory, self._evict_coldest)
             undo.pop_all()
+        self._vm = vm
+        self._snapshotting: Snapshotting | None = None
+        if vm is not None:
+            mend(vm, directory)
         self._pending: _Pending | None = None
         self._due = 0.0
         self._failure: Exception | None = None
+
+    def begun(self) -> None:
+        """The VM that was restored runs."""
+        if self._restored is not None:
+            self._restored.runs()
+
+    def bring_all(self) -> None:
+        """Bring in everything that the snapshot has.
+
+        :raise DamagedPageError: a page is not what was written.
+        """
+        self._pager.fetch(self._pager.residency.pages_at(Where.SNAPSHOT))
 
     def serve(self) -> None:
         """Serve until the guest has been released or handed over, or has ended.
@@ -164,12 +209,16 @@ class Manager:
         :raise OutboardError: faults are no longer served; a successor goes on.
         """
         clients: dict[int, Connection] = {}
+        if self._restored is not None:
+            self._restored.attend(self._pager)
         poll = select.poll()
         for fd in (self._listener.fileno(), self._process):
             poll.register(fd, select.POLLIN)
         while True:
             for fd, _ in poll.poll(self._patience_s() * 1000):
                 if fd == self._process:
+                    if self._snapshotting is not None:
+                        self._snapshotting.wait()
                     self._let_go()
                     self._forget()
                     os.close(self._lock)
@@ -191,8 +240,14 @@ class Manager:
             if self._pending is not None and time.monotonic() >= self._pending.due:
                 pending, self._pending = self._pending, None
                 self._answer(pending.client, partial(self._evict_idle, pending))
-            self._leave_disks()
-            self._look_after()
+            if self._snapshotting is None:
+                # While an image is taken nobody else moves pages.
+                self._leave_disks()
+                self._look_after()
+                if self._restored is not None:
+                    self._restored.step()
+            elif self._snapshotting.ended and not self._tell_of_snapshot():
+                return
             self._mourn()
 
     def _leave_disks(self) -> None:
@@ -217,7 +272,7 @@ class Manager:
         try:
             faults = self._pager.statistics().faults
             self._reclaimer.work(now, self._used, faults.file + faults.pool)
-            self._stores[Where.FILE].trim()
+            self._swapped.trim()
         except OutboardError as error:
             log.error("reclaim", vm=self._guest.name, why=str(error))
 
@@ -227,6 +282,10 @@ class Manager:
         return len(resident & self._guest.memory.populated()) * PAGE_SIZE
 
     def _patience_s(self) -> float:
+        if self._snapshotting is not None:
+            return _SNAPSHOT_LOOK_S
+        if self._restored is not None and not self._restored.done:
+            return 0.0
         if self._pending is None:
             return _LOOK_S
         return min(_LOOK_S, max(0.0, self._pending.due - time.monotonic()))
@@ -249,6 +308,12 @@ class Manager:
             order = msgspec.json.decode(client.recv_bytes(), type=Order)
         except (EOFError, OSError, msgspec.DecodeError):
             return None
+        if self._snapshotting is not None and not isinstance(order, Look):
+            _send(client, Failed(why=f"a snapshot of {self._guest.name} is being taken; wait for it", exit_code=4))
+            return True
+        if isinstance(order, Snapshot):
+            self._begin_snapshot(client, order)
+            return True
         if not (isinstance(order, Evict) and order.idle > 0):
             return self._answer(client, partial(self._carry_out, order))
         try:
@@ -256,6 +321,30 @@ class Manager:
         except OutboardError as error:
             _send(client, Failed(why=str(error), exit_code=error.exit_code))
         return True
+
+    def _begin_snapshot(self, client: Connection, order: Snapshot) -> None:
+        if self._vm is None or self._pending is not None:
+            why = "is watched for an eviction; wait until that is done" if self._pending else "is no VM of this host's"
+            _send(client, Failed(why=f"no snapshot is taken: {self._guest.name} {why}", exit_code=4))
+            return
+        self._snapshotting = Snapshotting(self._vm, self._pager, self._directory, order, client)
+
+    def _tell_of_snapshot(self) -> bool:
+        """Whether to go on."""
+        done, self._snapshotting = self._snapshotting, None
+        if done is None or done.outcome is None:
+            return True
+        going_on = True
+        if done.order.release:
+            try:
+                self._carry_out(Release())
+                self._let_go()
+                os.close(self._lock)
+                going_on = False
+            except OutboardError as error:
+                log.error("still managed after a snapshot", vm=self._guest.name, why=str(error))
+        _send(done.client, done.outcome)
+        return going_on
 
     def _answer(self, client: Connection, work: Callable[[], tuple[int, bool]]) -> bool:
         """Do some work and tell the client; whether to go on."""
@@ -345,6 +434,7 @@ class Manager:
             file=now.file * PAGE_SIZE,
             **self._sharer.looked(),
             disk=now.disk * PAGE_SIZE,
+            snapshot=now.snapshot * PAGE_SIZE,
             moved=moved * PAGE_SIZE,
             faults=latencies.count,
             fault_p50_us=latencies.percentile_us(0.5),
@@ -370,7 +460,7 @@ class Manager:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _send(client: Connection, answer: Looked | Failed) -> None:
+def _send(client: Connection, answer: Looked | Snapped | Failed) -> None:
     # Whoever asked may have gone.
     with contextlib.suppress(OSError):
         client.send_bytes(msgspec.json.encode(answer))

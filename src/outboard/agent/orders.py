@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -41,6 +41,13 @@ class Reclaim(msgspec.Struct, frozen=True, tag="reclaim"):
 
     target: int | None
     most_refaults: float = MOST_REFAULTS
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
+    """Take a snapshot; ``incremental``: it goes on from the VM's last one; ``release``: let the guest go afterwards."""
+
+    incremental: bool = False
+    release: bool = False
 
 
 class Look(msgspec.Struct, frozen=True, tag="look"):
@@ -101,6 +108,7 @@ Order = (
     | Fetch
     | Release
     | Reclaim
+    | Snapshot
     | Look
     | Learn
     | Recover
@@ -138,6 +146,7 @@ class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.resi
     pool: int
     file: int
     disk: int
+    snapshot: int
     moved: int
     faults: int
     fault_p50_us: float | None
@@ -153,6 +162,26 @@ class Looked(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.resi
     reclaim: Reclaiming | None = None
 
 
+class Snapped(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.snapshot.v1"):
+    """A snapshot that was taken; in bytes, but for pages.
+
+    ``pause_ms``: how long the VM stood still. ``waited``: pages that it wrote to before they were saved, each of which
+    it waited for. ``new``: what is in the file, as it was in memory; ``referred``: what is at the parent or on a disk.
+    """
+
+    id: str
+    vm: str
+    parent: str | None
+    memory: int
+    zero: int
+    new: int
+    referred: int
+    file: int
+    seconds: float
+    pause_ms: float
+    waited: int
+
+
 class Failed(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.failed.v1"):
     """An order that could not be carried out."""
 
@@ -160,13 +189,25 @@ class Failed(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.fail
     exit_code: int
 
 
+A = TypeVar("A", Looked, Snapped)
+
+
 def ask(path: Path, order: Order, timeout: float | None = None) -> Looked:
-    """Give an order to the engine that listens at ``path``; how things are afterwards.
+    """Give an order, but for a snapshot, to the engine that listens at ``path``; how things are afterwards.
 
     :param timeout: seconds until its answer; as long as it takes when not given.
     :raise UnreachableError: nobody listens, or the engine ended meanwhile.
     :raise OutboardError: it could not do that.
     """
+    return _ask(path, order, timeout, Looked)
+
+
+def ask_snapshot(path: Path, order: Snapshot) -> Snapped:
+    """Have the engine that listens at ``path`` take a snapshot; errors as :func:`ask`."""
+    return _ask(path, order, None, Snapped)
+
+
+def _ask(path: Path, order: Order, timeout: float | None, kind: type[A]) -> A:
     reached = sockets.connect(path, _CONNECT_S, "the engine of this VM")
     reached.settimeout(None)
     with Connection(reached.detach()) as connection:
@@ -174,11 +215,15 @@ def ask(path: Path, order: Order, timeout: float | None = None) -> Looked:
             connection.send_bytes(msgspec.json.encode(order))
             if not connection.poll(timeout):
                 raise UnreachableError(f"the engine at {os.fspath(path)} has not answered within {timeout} s")
-            answer: Looked | Failed = msgspec.json.decode(connection.recv_bytes(), type=Looked | Failed)
+            answer: Looked | Snapped | Failed = msgspec.json.decode(
+                connection.recv_bytes(), type=Looked | Snapped | Failed
+            )
         except (EOFError, OSError) as error:
             raise UnreachableError(
                 f"the engine at {os.fspath(path)} ended before it answered; no page is lost, the agent starts another"
             ) from error
     if isinstance(answer, Failed):
         raise error_of(answer.exit_code, answer.why)
+    if not isinstance(answer, kind):
+        raise UnreachableError(f"the engine at {os.fspath(path)} answered an order with {type(answer).__name__}")
     return answer

@@ -11,7 +11,7 @@ from outboard.agent.config import AgentConfig, config_dir, read_config
 from outboard.errors import NotFoundError, OutboardError
 from outboard.pages import PAGE_SIZE
 from outboard.reclaim.pools import Pools, Promise
-from outboard.stores.reservation import UNIT
+from outboard.stores.moving import UNIT
 from outboard.vmm.registry import Registry
 from outboard.vmm.spec import VmSpec, parse_spec
 

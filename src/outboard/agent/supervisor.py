@@ -18,19 +18,24 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from outboard.agent.config import AgentConfig
-from outboard.agent.engine import Manage, Managing, Refused
+from outboard.agent.config import AgentConfig, snapshot_dir
+from outboard.agent.engine import ARRIVING, Manage, Managing, Refused, Restore, end_broken
 from outboard.agent.manager import CONTROL
 from outboard.agent.orders import Look, ask
 from outboard.agent.promises import pools_of, promises
+from outboard.agent.restoring import is_broken
 from outboard.agent.swapping import PlainSwap, ReservedSwap, Swapping
 from outboard.errors import KernelError, NotFoundError, OutboardError, UnreachableError, error_of
 from outboard.linux import pidfd
 from outboard.stores.reservation import Reservation
+from outboard.stores.snapshot import open_chain
+from outboard.vmm.device_state import awaits_state
+from outboard.vmm.launch import end_unrecorded
 from outboard.vmm.registry import Registry
-from outboard.vmm.spec import parse_spec
+from outboard.vmm.spec import VmSpec, parse_spec
 
 _READY_S = 30.0
+_RESTORE_S = 600.0
 _RETRY_S = 1.0
 
 log = structlog.get_logger()
@@ -47,7 +52,11 @@ class Supervisor:
     """
 
     def __init__(
-        self, start: Callable[[Manage], Connection], registry: Registry, swap: Path, config: AgentConfig | None = None
+        self,
+        start: Callable[[Manage | Restore], Connection],
+        registry: Registry,
+        swap: Path,
+        config: AgentConfig | None = None,
     ) -> None:
         self._start = start
         self._registry = registry
@@ -81,6 +90,35 @@ class Supervisor:
             self._watch(vm, engine)
             return path
 
+    def restore(self, vm: str, snapshot: str, *, eager: bool) -> int:
+        """Begin a VM with what a snapshot has; the pid of the engine that manages it.
+
+        :raise RefusedError: ``name-taken``; ``damaged-snapshot``; and why else it cannot be.
+        :raise NotFoundError: there is no such snapshot.
+        """
+        with self._locks[vm]:
+            contents = open_chain(snapshot_dir(), snapshot)[0]
+            spec = parse_spec(contents.meta.spec, f"the description of {snapshot}")
+            swap = self._swapping(msgspec.structs.replace(spec, name=vm))
+            pipe = self._start(Restore(vm=vm, snapshot=snapshot, swap=swap, eager=eager))
+            try:
+                engine = self._answer(pipe, _RESTORE_S, vm)
+            except UnreachableError:
+                self._end_broken(vm)
+                raise
+            self._watch(vm, engine)
+            return engine
+
+    def _end_broken(self, vm: str) -> None:
+        """End a VM that was being restored by an engine that died."""
+        with contextlib.suppress(OutboardError):
+            end_unrecorded(vm, self._registry)
+            record = self._registry.get(vm)
+            # Nothing but such a VM: the engine may have died before it found the name taken.
+            coming = awaits_state(record) and not (record.directory / ARRIVING).exists()
+            if is_broken(record.memory_directory) or coming:
+                end_broken(record, self._registry)
+
     def upgrade(self, vm: str) -> int:
         """Have a new engine take ``vm`` over from the one that manages it; its pid.
 
@@ -96,10 +134,15 @@ class Supervisor:
 
     def _run(self, vm: str, *, successor: bool) -> int:
         self._admit(vm)
-        pipe = self._start(Manage(vm=vm, swap=self._swapping(vm), successor=successor))
+        spec = parse_spec(self._registry.get(vm).spec_text(), f"the spec of {vm}")
+        pipe = self._start(Manage(vm=vm, swap=self._swapping(spec), successor=successor))
+        return self._answer(pipe, _READY_S, vm)
+
+    def _answer(self, pipe: Connection, patience_s: float, vm: str) -> int:
+        """Wait until an engine manages ``vm``; its pid."""
         try:
-            if not pipe.poll(_READY_S):
-                raise UnreachableError(f"no engine was ready to manage {vm} in {_READY_S:.0f} s")
+            if not pipe.poll(patience_s):
+                raise UnreachableError(f"no engine was ready to manage {vm} in {patience_s:.0f} s")
             answer: Managing | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Managing | Refused)
         except (EOFError, OSError) as error:
             raise UnreachableError(
@@ -121,12 +164,11 @@ class Supervisor:
             all_ = promises(self._registry)
             self._pools.admit(vm, all_[vm], all_)
 
-    def _swapping(self, vm: str) -> Swapping:
-        spec = parse_spec(self._registry.get(vm).spec_text(), f"the spec of {vm}")
+    def _swapping(self, spec: VmSpec) -> Swapping:
         kept = spec.memory_bytes - spec.reclaimable_bytes
         if self._reserved is None:
-            return PlainSwap(os.fspath(self._swap / vm), kept)
-        return ReservedSwap(os.fspath(self._reserved.place), self._reserved.reservation_bytes, vm, kept)
+            return PlainSwap(os.fspath(self._swap / spec.name), kept)
+        return ReservedSwap(os.fspath(self._reserved.place), self._reserved.reservation_bytes, spec.name, kept)
 
     def reserve(self) -> None:
         """Make the swap reservation if there is to be one, and take back what VMs had of it that are gone.

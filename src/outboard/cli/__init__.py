@@ -34,6 +34,7 @@ _COMMANDS = {
     "residency": "outboard.cli.memory:residency",
     "run": "outboard.cli.run:run",
     "sharing": "outboard.cli.sharing:sharing",
+    "snapshot": "outboard.cli.snapshot:snapshot",
     "stop": "outboard.cli.run:stop",
     "swap": "outboard.cli.swap:swap",
     "wss": "outboard.cli.wss:wss",

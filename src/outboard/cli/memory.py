@@ -25,7 +25,7 @@ def tell(looked: Looked, output: str) -> None:
     click.echo(
         f"{looked.vm}: {size_text(looked.memory)}, of which {size_text(looked.resident)} resident, "
         f"{size_text(looked.zero)} zeros, {size_text(looked.pool)} in the pool, {size_text(looked.file)} in the swap "
-        f"file, {size_text(looked.disk)} on its disks"
+        f"file, {size_text(looked.disk)} on its disks, {size_text(looked.snapshot)} in a snapshot"
     )
     if looked.faults:
         click.echo(f"faults {looked.faults:,}: p50 {looked.fault_p50_us:.0f} µs, p99 {looked.fault_p99_us:.0f} µs")

@@ -120,11 +120,14 @@ class Choice:
         return self._used / self._took
 
     @property
-    def saving_pays(self) -> bool:
-        """Whether bytes on the wire are worth some of the processor: it waits for the wire most of its time."""
-        if self._fixed is not None:
-            return self.enabled
+    def waits(self) -> bool:
+        """Whether it waits for the wire most of its time, so that the processor has some to spare."""
         return self._wire is not None and 1e9 / self._wire > _WIRE_BOUND * self._time(NONE, wire=0.0)
+
+    @property
+    def saving_pays(self) -> bool:
+        """Whether bytes on the wire are worth some of the processor."""
+        return self.enabled if self._fixed is not None else self.waits
 
     @property
     def saving_may_pay(self) -> bool:

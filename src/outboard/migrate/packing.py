@@ -154,7 +154,7 @@ class Packer:
         """Find the pages that go as blocks of disks; these, as they stand in the payload."""
         if self.lookup is None:
             return b""
-        rows = self.lookup.blocks(pages, forms == Form.FULL, self.choice.page_ns)
+        rows = self.lookup.blocks(pages, forms == Form.FULL, self.choice.page_ns, spare=self.choice.waits)
         if rows is None:
             return b""
         found = rows[:, 1] != 0

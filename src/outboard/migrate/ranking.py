@@ -56,6 +56,10 @@ EARLY_UPTO = _FIRST_CLASS + _ORDER.index(None)
 QUIET_UPTO = int(_RANK_OF[PageClass.ACTIVE_FILE])
 """What it sends beside that while it waits for the guest's next words: it will hardly be written again."""
 
+_NEVER_FILES = (PageClass.PAGE_TABLES, PageClass.KERNEL, PageClass.SLAB, None, PageClass.ACTIVE_ANON)
+NO_FILES = frozenset(_FIRST_CLASS + _ORDER.index(one) for one in _NEVER_FILES)
+"""The ranks of pages that are no file's, and so on no disk."""
+
 
 def rank_all(outbox: Outbox, populated: PageSet) -> None:
     """Give every page that has memory its turn, all the same one."""

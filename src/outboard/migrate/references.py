@@ -43,10 +43,12 @@ _LOOK, _WORTH = 1024, 32
 """Pages to look for before it is judged, and one in how many must have been found to be more than few."""
 _LOSS = 0.1
 """How much of the time of sending pages whole may be lost by looking for them."""
-_FEW, _SLOW = 4096, 16384
+_FEW, _SLOW = 1024, 16384
 """Pages not looked for after too much was lost: where few were found, and where finding them takes long."""
 _SENDING_NS = PAGE_SIZE / 1.3
 """What sending a page takes where the link is not the limit: TLS does some 1.3 GB/s."""
+_SECTORS, _COLD = PAGE_SIZE // 512, 0.25
+"""Of a page; and which part of the pages that were found must have come from the disk for it to be slow."""
 _LATER_S = 0.2
 """Between two looks for an index that is being made."""
 
@@ -67,6 +69,8 @@ class References:
         self._nonce = secrets.token_hex(16)
         self._agreed: NDArray[np.uint8] = shared_array(max(1, len(layers)), np.uint8)
         self._made: NDArray[np.uint8] = shared_array(max(1, len(layers)), np.uint8)
+        for number, layer in enumerate(layers):
+            self._made[number] = layer.fixed and index.is_there(layer, indexes)
         self.words = "not looked for"
         if enabled and not any(self._fixed):
             self.words = "none: the VM has no disk image that nobody writes to"
@@ -75,6 +79,11 @@ class References:
     def wanted(self) -> bool:
         """Whether there is an image that could be referred to."""
         return any(self._fixed)
+
+    @property
+    def lacks_indexes(self) -> bool:
+        """Whether there is something for :meth:`make_indexes` to do."""
+        return any(fixed and not made for fixed, made in zip(self._fixed, self._made, strict=False))
 
     def close(self) -> None:
         """Idempotent."""
@@ -129,7 +138,7 @@ class Lookup:
     """Looks for the pages of one stream on the disks, while that pays.
 
     :param clock: nanoseconds, monotonic. :param processor: nanoseconds of processor time of this thread.
-    :param disk_reads: how much this thread has had to wait to be read from disks so far.
+    :param disk_reads: how many sectors this thread has had to wait for so far, as getrusage(2) counts.
     """
 
     def __init__(
@@ -144,15 +153,17 @@ class Lookup:
         self._complete = False
         self._renewed = -1_000_000_000
         self._looked = self._found = self._took_ns = self._used_ns = self._resting = 0
-        self._read = disk_reads()
+        self._read = 0
         self.open = 0
         """References since the destination was asked last."""
 
-    def blocks(self, pages: NDArray[np.uint8], wanted: NDArray[np.bool_], page_ns: float) -> NDArray[np.uint64] | None:
+    def blocks(
+        self, pages: NDArray[np.uint8], wanted: NDArray[np.bool_], page_ns: float, *, spare: bool
+    ) -> NDArray[np.uint64] | None:
         """Look for pages; a row of locator and digest for each, the digest 0 where there is none; None: not now.
 
         :param pages: a row of PAGE_SIZE bytes each, contiguous. :param wanted: which to look for.
-        :param page_ns: what sending one takes the wire.
+        :param page_ns: what sending one takes the wire. :param spare: whether the processor has time to spare.
         """
         finder = self._finder
         if finder is None:
@@ -165,32 +176,32 @@ class Lookup:
             self._renewed = self._clock()
         if not any(one is not None for one in finder.indexes):
             return None
-        began, used = self._clock(), self._processor()
+        began, used, read = self._clock(), self._processor(), self._disk_reads()
         content = pages.reshape(-1)
         digests = page_digests(content)
         image, block = finder.find(content, digests, ~wanted)
         found = image != disk.NONE
         self._took_ns += self._clock() - began
         self._used_ns += self._processor() - used
-        self._note(int(np.count_nonzero(wanted)), int(np.count_nonzero(found)), max(page_ns, _SENDING_NS))
+        self._read += self._disk_reads() - read
+        looked, met = int(np.count_nonzero(wanted)), int(np.count_nonzero(found))
+        self._note(looked, met, max(page_ns, _SENDING_NS), spare=spare)
         rows: NDArray[np.uint64] = np.zeros((len(pages), 2), dtype=np.uint64)
         rows[found, 0], rows[found, 1] = disk.locators(image[found], block[found]), digests[found]
         return rows
 
-    def _note(self, looked: int, found: int, whole_ns: float) -> None:
+    def _note(self, looked: int, found: int, whole_ns: float, *, spare: bool) -> None:
         self._looked += looked
         self._found += found
         if self._looked < _LOOK:
             return
         if self._found * _WORTH < self._looked:
-            if self._used_ns > _LOSS * self._looked * whole_ns:
+            if not spare and self._used_ns > _LOSS * self._looked * whole_ns:
                 self._resting = _FEW
-        elif (read := self._disk_reads()) != self._read:
-            # Else it is the scheduler that lets others go first.
-            self._read = read
-            if self._took_ns > self._found * whole_ns:
-                self._resting = _SLOW
-        self._looked = self._found = self._took_ns = self._used_ns = 0
+        elif self._read > _SECTORS * _COLD * self._found and self._took_ns > self._found * whole_ns:
+            # Were it not for the disk, it would be the scheduler that lets others go first.
+            self._resting = _SLOW
+        self._looked = self._found = self._took_ns = self._used_ns = self._read = 0
 
     def asked(self, pages: int) -> None:
         """The destination has asked for so many of the pages that went as references."""

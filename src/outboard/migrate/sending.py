@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from outboard.errors import PeerError
 from outboard.linux import tcp
-from outboard.migrate import messages
+from outboard.migrate import messages, ranking
 from outboard.migrate.codec import Compress
 from outboard.migrate.outbox import ALL, Outbox, Share
 from outboard.migrate.packing import Packer
@@ -182,7 +182,7 @@ class BulkSender:
         for rank in self._outbox.ranks_due(order.first, order.count, order.upto, share, parts=parts):
             due = self._outbox.due(order.first, order.count, rank, share, parts=parts)
             for batch in batches(due, self._outbox.unit):
-                self._send_batch(batch, changes=order.changes)
+                self._send_batch(batch, changes=order.changes, by_block=rank not in ranking.NO_FILES)
                 if self._lookup is not None and self._lookup.open >= ASK_EVERY:
                     self._resolve()
                 now = time.monotonic_ns()
@@ -194,10 +194,10 @@ class BulkSender:
                     return False
         return True
 
-    def _send_batch(self, batch: list[tuple[int, int]], *, changes: bool) -> None:
+    def _send_batch(self, batch: list[tuple[int, int]], *, changes: bool, by_block: bool) -> None:
         claimed = list(self._claim(batch))
         if claimed:
-            self._send_claimed(claimed, changes=changes)
+            self._send_claimed(claimed, changes=changes, by_block=by_block)
 
     def _resolve(self) -> None:
         """Have the destination say which references it could not follow, and send those pages."""
@@ -217,7 +217,7 @@ class BulkSender:
         for batch in batches(asked.runs()):
             self._send_claimed(batch, changes=False, by_block=False)
 
-    def _send_claimed(self, claimed: list[tuple[int, int]], *, changes: bool, by_block: bool = True) -> None:
+    def _send_claimed(self, claimed: list[tuple[int, int]], *, changes: bool, by_block: bool) -> None:
         self._packer.begin()
         at = 0
         for first, count in claimed:

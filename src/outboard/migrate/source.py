@@ -256,7 +256,7 @@ class Outgoing:
         )
         if self._needs_trace:
             self._arm()
-        if self.references.wanted:
+        if self.references.lacks_indexes:
             indexing = Worker("outboard-index", lambda _: self.references.make_indexes())
             self._cleanup.callback(indexing.end)
         ranking.rank_all(self.outbox, guest.memory.populated())

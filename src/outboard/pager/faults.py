@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,7 @@ class FaultStatistics:
     again: int
     damaged: int
     disk: int
+    snapshot: int
     latencies: Latencies
 
 
@@ -83,6 +85,20 @@ class FaultServer:
             self._thread.join()
             self._thread = None
             os.eventfd_read(self._bell)
+
+    def exchange(self, table: Table) -> None:
+        """Serve with another table from now on; who faults meanwhile waits."""
+        self.stop()
+        self._table = table
+        self.start()
+
+    def meanwhile(self, work: Callable[[], None]) -> None:
+        """Do some work while no fault is served."""
+        self.stop()
+        try:
+            work()
+        finally:
+            self.start()
 
     def close(self) -> None:
         """Stop, and let go of forked children's memory. Idempotent."""
@@ -143,6 +159,8 @@ class FaultServer:
 
     def statistics(self) -> FaultStatistics:
         """A frozen snapshot."""
-        pool, file, zero, minor, protected, left, raced, again, damaged, disk = self._desk.counts.tolist()
+        pool, file, zero, minor, protected, left, raced, again, damaged, disk, snapshot = self._desk.counts.tolist()
         latencies = self._histogram.statistics()
-        return FaultStatistics(pool, file, zero, minor, protected, left, raced, again, damaged, disk, latencies)
+        return FaultStatistics(
+            pool, file, zero, minor, protected, left, raced, again, damaged, disk, snapshot, latencies
+        )

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +29,22 @@ from outboard.errors import DamagedPageError, KernelError, RefusedError
 from outboard.linux import ptrace
 from outboard.linux.hand import await_none
 from outboard.linux.userfaultfd import Features, Mode
-from outboard.pager import batches
+from outboard.pager import batches, saving
+from outboard.pager.capture import RING, Capture
 from outboard.pager.faults import FaultServer, FaultStatistics
 from outboard.pager.on_disk import OnDisk
 from outboard.pager.overlay import Overlay, overlaid
+from outboard.pager.saving import Saving
 from outboard.pager.serving import LENDER, Table
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digests, zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
 from outboard.pages.shared import shared_array
-from outboard.stores import disk
+from outboard.stores import disk, snapshot
 from outboard.stores.file import FileStore
+from outboard.stores.snapshot import SnapshotStore
+from outboard.stores.store import Store
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 
@@ -74,6 +79,7 @@ class PagerStatistics:
     file: int
     disk: int
     shared: int
+    snapshot: int
     evicted: int
     zeros: int
     fetched: int
@@ -84,7 +90,7 @@ class Pager:
     """Manages the pages of ``guest``.
 
     :param residency: where they are; of an engine that has died, where it left them.
-    :param stores: where pages may go: ``Where.POOL``, ``Where.FILE``, or both.
+    :param stores: where pages may go, ``Where.POOL``, ``Where.FILE``, or both, or come from, ``Where.SNAPSHOT``.
     :param clamp: the hold on a guest whose VMM has handed it over; the pager's own when not given.
     :param on_disk: what the guest's disks hold.
     :raise RefusedError: ``large-pages``; ``anonymous-memory``; ``no-write-protection``; ``uffd-taken``.
@@ -99,7 +105,7 @@ class Pager:
         self,
         guest: Guest,
         residency: Residency,
-        stores: Mapping[Where, FileStore],
+        stores: Mapping[Where, FileStore | SnapshotStore],
         clamp: Clamp | None = None,
         on_disk: OnDisk | None = None,
     ) -> None:
@@ -133,7 +139,8 @@ class Pager:
         self._evicted = self._zeros = self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
         self.overlay: Overlay | None = None
-        self._faults = FaultServer(self._table(), self._clamp.uffd.fileno())
+        self._rows = self._snapshot_rows()
+        self._faults = FaultServer(self._table(saving.nothing()), self._clamp.uffd.fileno())
         try:
             self._recover()
         except BaseException:
@@ -146,12 +153,18 @@ class Pager:
             raise
         self._faults.start()
 
-    def _table(self) -> Table:
+    def _snapshot_rows(self) -> tuple[snapshot.Rows, snapshot.Desk]:
+        store = self._stores.get(Where.SNAPSHOT)
+        return (store.rows, store.desk()) if isinstance(store, SnapshotStore) else snapshot.no_rows()
+
+    def _table(self, image: Saving) -> Table:
         files: NDArray[np.int32] = np.full(max(Where) + 2, -1, dtype=np.int32)
         lent = np.empty(0, dtype=np.int64)
         taken, digests = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint64)
         arrays = dict.fromkeys(STORED, (taken, digests))
         for where, store in self._stores.items():
+            if not isinstance(store, FileStore):
+                continue
             files[where] = store.fileno()
             if store.lent.size:
                 files[LENDER], lent = store.lender(), store.lent
@@ -168,12 +181,14 @@ class Pager:
             np.empty(0, dtype=np.int32) if self._on_disk is None else self._on_disk.store.files,
             digests if self._on_disk is None else self._on_disk.digests,
             taken if self._on_disk is None else self._on_disk.known,
+            *self._rows,
+            image,
         )
 
     def _recover(self) -> None:
         """Make the journal agree with the file, lift every protection, and have everybody ask again."""
         where = self.residency.where
-        whole = self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
+        whole = self._whole()
         self._ask("UFFDIO_WRITEPROTECT", batches.protect(self._clamp.uffd.fileno(), self._regions, whole, 0))
         # Another engine's hand may be at work yet, and wait for its events to be read; whoever faults is woken later.
         await_none(self.guest.pid, self._clamp.uffd.read)
@@ -229,6 +244,9 @@ class Pager:
     def spaces(self) -> int:
         """Address spaces that map the guest's memory, as far as faults tell: its own, and of children it forked."""
         return self._faults.spaces
+
+    def _whole(self) -> Runs:
+        return self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
 
     def _ask(self, operation: str, answer: int) -> None:
         if answer < 0:
@@ -301,7 +319,7 @@ class Pager:
             return sum(self._evict_batch(claimed, to, store, self._staging) for claimed in self.claims(candidates))
         return self._evict_side_by_side(candidates, to, store)
 
-    def _evict_side_by_side(self, candidates: PageSet, to: Where, store: FileStore) -> int:
+    def _evict_side_by_side(self, candidates: PageSet, to: Where, store: Store) -> int:
         """While one batch is written to the disk the next one is read out of the guest."""
         stagings = [self._staging, *(shared_array(_BATCH * PAGE_SIZE, np.uint8) for _ in range(_LANES - 1))]
         flying: deque[tuple[Future[int], NDArray[np.uint8]]] = deque()
@@ -317,14 +335,14 @@ class Pager:
             went += sum(batch.result() for batch, _ in flying)
         return went
 
-    def _evict_batch(self, claimed: NDArray[np.int64], to: Where, store: FileStore, staging: NDArray[np.uint8]) -> int:
+    def _evict_batch(self, claimed: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> int:
         try:
             self._put_away(claimed, to, store, staging)
         finally:
             self.give_up(claimed)
         return claimed.size
 
-    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: FileStore, staging: NDArray[np.uint8]) -> None:
+    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> None:
         runs = self.runs_of(numbers)
         content = staging[: numbers.size * PAGE_SIZE]
         try:
@@ -382,7 +400,7 @@ class Pager:
                 self._ask("pread", batches.read(self._regions, runs, content))
                 found, blocks = self._look_up(numbers, content, zero_pages(content))
                 self.residency.locator[numbers[found]] = blocks
-                self._on_disk.known[numbers[found]] = 1
+                self._on_disk.known[numbers] = found
                 others = self.runs_of(numbers[~found])
                 self._everywhere("UFFDIO_WRITEPROTECT", others, 0)
             finally:
@@ -460,6 +478,7 @@ class Pager:
                 finally:
                     batches.release(self._claimed, claimed)
                     self._everywhere("UFFDIO_WAKE", self.runs_of(claimed))
+                    self.give_up(claimed)
         self._fetched += came
         if damage is not None:
             raise damage
@@ -493,6 +512,47 @@ class Pager:
         runs = self._split(chop(pages.runs(), 1 << 15))
         self._ask("UFFDIO_CONTINUE", batches.map_present(self._clamp.uffd.fileno(), self._regions, runs))
 
+    def capture(self, spill: int, ring: int = RING) -> Capture:
+        """Prepare an image of the memory, to be taken at an instant; :meth:`end_capture` it whatever becomes of it.
+
+        :param spill: a file of the caller's, for pages that do not fit in memory; :param ring: pages that do.
+        :raise RefusedError: ``shared``: some of it is mapped from a sharing pool, and not in the guest's file.
+        :raise KernelError: the kernel refused; nothing is protected.
+        """
+        if self.overlay is not None or self.residency.count(Where.SHARED):
+            raise RefusedError(
+                "shared", f"{self.guest.name}: its pages are shared; un-share them first, with outboard sharing stop"
+            )
+        image = Capture(
+            self.residency,
+            self._regions,
+            self._kinds(),
+            self._read,
+            self.claims,
+            self.give_up,
+            self._split,
+            partial(self._everywhere, "UFFDIO_WRITEPROTECT"),
+            self._faults.meanwhile,
+            spill,
+            ring,
+        )
+        if self._on_disk is not None:
+            # The image lifts every protection once it has the page.
+            self._on_disk.known[:] = 0
+        self._faults.exchange(self._table(image.saving))
+        try:
+            image.arm()
+        except BaseException:
+            self.end_capture(image)
+            raise
+        return image
+
+    def end_capture(self, image: Capture) -> None:
+        """Let everybody write again, whether or not the image is complete."""
+        self._faults.exchange(self._table(saving.nothing()))
+        if image.saving.pending.any():
+            self._everywhere("UFFDIO_WRITEPROTECT", self._whole(), 0)
+
     def release(self) -> None:
         """Make everything resident and let the guest go: its memory is its own again. Idempotent.
 
@@ -513,6 +573,12 @@ class Pager:
         self._faults.close()
         self._clamp.close()
 
+    def wanted_rows(self) -> NDArray[np.int64]:
+        """The rows of the snapshot that somebody waited for, in that order."""
+        order = self._rows[1].order
+        found: NDArray[np.int64] = order[1 : 1 + int(order[0])].copy() if order.size else order
+        return found
+
     @property
     def failure(self) -> Exception | None:
         """What the serving of faults met with: a damaged page, or its end."""
@@ -529,6 +595,7 @@ class Pager:
             file=counts[Where.FILE],
             disk=counts[Where.DISK],
             shared=counts[Where.SHARED],
+            snapshot=counts[Where.SNAPSHOT],
             evicted=self._evicted,
             zeros=self._zeros,
             fetched=self._fetched,

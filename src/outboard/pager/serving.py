@@ -11,7 +11,11 @@ none         RESIDENT, ZERO      the page was never written: UFFDIO_ZEROPAGE
 none         SHARED              wake: it is mapped from the sharing pool by now
 none         POOL, FILE          read the slot, compare its digest, UFFDIO_COPY; then RESIDENT; then the slot is free
 none         DISK                the same, of a block of the VM's disk, which stays
+none         SNAPSHOT            read and unpack the chunk, UFFDIO_COPY; then RESIDENT; then its other pages likewise
 ===========  ==================  =====================================================================
+
+While an image of the memory is being taken, a page that is still to be saved is saved before any of this is done
+(:mod:`outboard.pager.saving`).
 
 A page that is being evicted or fetched is *claimed*; so is one that is being answered for. Whoever fails to claim a
 page leaves it alone, and whoever has claimed it wakes those who wait for it when done, so that they ask again: no lock,
@@ -46,13 +50,17 @@ from outboard.linux.userfaultfd import (
     EventKind,
     FaultFlag,
 )
+from outboard.pager.batches import row_of
 from outboard.pager.latency import record
+from outboard.pager.saving import SAVING, Saving, is_pending, must_save, save, save_from_file, save_zeros
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digest
 from outboard.pages.residency import Where
 from outboard.pages.shared import claim_one, release_one
+from outboard.stores import snapshot
 from outboard.stores.disk import IMAGE_SHIFT
-from outboard.stores.reservation import UNIT_PAGES
+from outboard.stores.moving import UNIT_PAGES
+from outboard.stores.snapshot_format import CHUNK_PAGES, SLOT_BITS
 
 MESSAGE_WORDS = 4
 """struct uffd_msg in words of eight bytes: event, flags, address, thread."""
@@ -103,7 +111,8 @@ class Count(IntEnum):
     AGAIN = 7
     DAMAGED = 8
     DISK = 9
-    SIZE = 10
+    SNAPSHOT = 10
+    SIZE = 11
 
 
 _PAGEFAULT, _UNMAP = int(EventKind.PAGEFAULT), int(EventKind.UNMAP)
@@ -113,6 +122,7 @@ _PROTECT, _WAKE, _POISON = UFFDIO_WRITEPROTECT.number, UFFDIO_WAKE.number, UFFDI
 _SHARED = int(Where.SHARED)
 _PEER, _RESIDENT, _POOL, _FILE = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL), int(Where.FILE)
 _DISK, _BLOCK = int(Where.DISK), np.uint64((1 << IMAGE_SHIFT) - 1)
+_SNAPSHOT, _SLOTS = int(Where.SNAPSHOT), (1 << SLOT_BITS) - 1
 LENDER = _LENDER = int(max(Where)) + 1
 _DONT_WAKE = 2
 """UFFDIO_WRITEPROTECT_MODE_DONTWAKE."""
@@ -123,18 +133,19 @@ _DAMAGED = -4096
 _S_AT, _S_COUNT, _S_SPACE, _S_RETRIES, _S_DETAIL = (int(one) for one in list(State)[:5])
 _C_POOL, _C_ZERO, _C_MINOR, _C_WP = int(Count.POOL), int(Count.ZERO), int(Count.MINOR), int(Count.WP)
 _C_LEFT, _C_RACED, _C_AGAIN, _C_DAMAGED = int(Count.LEFT), int(Count.RACED), int(Count.AGAIN), int(Count.DAMAGED)
-_C_DISK = int(Count.DISK)
+_C_DISK, _C_SNAPSHOT = int(Count.DISK), int(Count.SNAPSHOT)
 _R_COMMAND, _R_EVENT, _R_GONE, _R_DAMAGED, _R_FAILED = (int(one) for one in Reason)
 
 
 class Table(NamedTuple):
     """What a fault is looked up in; all of it live.
 
-    ``regions`` (int64, three a row): first page, pages, HVA. ``files``: the descriptor of each store, by ``Where``, and
-    at ``LENDER`` that of who lends units to the swap file. ``file_lent``: for each unit of the swap file, the unit of
-    the lender that stands for it, plus 2; below that it is its own. ``images``: the descriptors of disk images, by
-    number; ``disk_digests`` and ``known`` by page, the latter 1 while nobody has written to a page that a disk is known
-    to hold.
+    ``regions`` (int64, five a row) as in :mod:`outboard.pager.batches`. ``files``: the descriptor of each store, by
+    ``Where``, and at ``LENDER`` that of who lends units to the swap file. ``file_lent``: for each unit of the swap
+    file, the unit of the lender that stands for it, plus 2; below that it is its own. ``images``: the descriptors of
+    disk images, by number; ``disk_digests`` and ``known`` by page, the latter 1 while nobody has written to a page that
+    a disk is known to hold. ``rows`` and ``unpacking``: the snapshot that the guest was restored from. ``saving``: the
+    image that is being taken.
     """
 
     regions: NDArray[np.int64]
@@ -150,6 +161,9 @@ class Table(NamedTuple):
     images: NDArray[np.int32]
     disk_digests: NDArray[np.uint64]
     known: NDArray[np.uint8]
+    rows: snapshot.Rows
+    unpacking: snapshot.Desk
+    saving: Saving
 
 
 class Desk(NamedTuple):
@@ -168,7 +182,7 @@ class Desk(NamedTuple):
 _REGIONS = types.int64[:, ::1]
 _I4, _I8, _U1, _U8 = types.int32[::1], types.int64[::1], types.uint8[::1], types.uint64[::1]
 _TABLE = types.NamedTuple(  # type: ignore[no-untyped-call]
-    (_REGIONS, _U1, _U8, _U1, _I4, _U1, _U8, _U1, _U8, _I8, _I4, _U8, _U1), Table
+    (_REGIONS, _U1, _U8, _U1, _I4, _U1, _U8, _U1, _U8, _I8, _I4, _U8, _U1, snapshot.ROWS, snapshot.DESK, SAVING), Table
 )
 _DESK = types.NamedTuple(  # type: ignore[no-untyped-call]
     (_U8, _U8, types.int64[:, ::1], _U1, _I8, _I8, _I8, _U8), Desk
@@ -229,6 +243,8 @@ def _from_disk(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: T
     got = native.pread(table.images[image], source, PAGE_SIZE, offset) if image < table.images.size else 0
     if got != PAGE_SIZE or page_digest(source) != table.disk_digests[page]:
         return _poison(uffd, room, hva, desk)
+    if must_save(table.saving, page):
+        save(table.saving, page, desk.staging, 0)
     answer = _place(uffd, room, hva, source)
     if answer == 0 or answer == -_EEXIST:  # compiled as it stands
         table.where[page] = _RESIDENT
@@ -249,12 +265,90 @@ def _from_store(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: 
     got = native.pread(file, source, PAGE_SIZE, place * PAGE_SIZE)
     if got != PAGE_SIZE or (digests.size and page_digest(source) != digests[slot]):
         return _poison(uffd, room, hva, desk)
+    if must_save(table.saving, page):
+        save(table.saving, page, desk.staging, 0)
     answer = _place(uffd, room, hva, source)
     if answer == 0 or answer == -_EEXIST:  # compiled as it stands
         table.where[page] = _RESIDENT
         release_one(taken, slot)
         desk.counts[_C_POOL + at - _POOL] += 1
     return answer
+
+
+@njit(types.int64(types.int32, _I8, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+def _from_snapshot(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: Table, desk: Desk) -> int:
+    unpacking, locator = table.unpacking, int(np.int64(table.locator[page]))
+    row, at = locator >> SLOT_BITS, (locator & _SLOTS) * PAGE_SIZE
+    if unpacking.held[snapshot.HELD] != row:
+        if not snapshot.hold(table.rows, unpacking, row):
+            return _poison(uffd, room, hva, desk)
+        snapshot.note_wanted(unpacking, row)
+    if must_save(table.saving, page):
+        save(table.saving, page, unpacking.content, at)
+    answer = _place(uffd, room, hva, unpacking.content.ctypes.data + at)
+    if answer == 0 or answer == -_EEXIST:  # compiled as it stands
+        table.where[page] = _RESIDENT
+        desk.counts[_C_SNAPSHOT] += 1
+    return answer
+
+
+@njit(types.boolean(types.int64, types.int64, types.int64, _TABLE), cache=True, nogil=True)
+def _comes_along(page: int, row: int, slot: int, table: Table) -> bool:
+    """Claim a page that is still in a chunk which is unpacked."""
+    if page < 0 or table.where[page] != _SNAPSHOT or table.locator[page] != np.uint64(row << SLOT_BITS | slot):
+        return False
+    if is_pending(table.saving, page) or not claim_one(table.claimed, page):
+        return False
+    if table.where[page] != _SNAPSHOT:
+        release_one(table.claimed, page)
+        return False
+    return True
+
+
+@njit(types.void(types.int32, _TABLE, _DESK), cache=True, nogil=True)
+def _bring_along(uffd: int, table: Table, desk: Desk) -> None:
+    """Enter the other pages of the chunk that was unpacked for a fault, in as few calls as their places allow.
+
+    Where the kernel refuses they stay where they are.
+    """
+    unpacking, regions, room = table.unpacking, table.regions, desk.room
+    row = unpacking.held[snapshot.HELD]
+    slot = 0
+    while slot < CHUNK_PAGES:
+        page = table.rows.members[row, slot]
+        if not _comes_along(page, row, slot, table):
+            slot += 1
+            continue
+        region = row_of(regions, page)
+        edge = regions[region, 0] + regions[region, 1]
+        count = 1
+        while (
+            slot + count < CHUNK_PAGES
+            and page + count < edge
+            and table.rows.members[row, slot + count] == page + count
+            and _comes_along(page + count, row, slot + count, table)
+        ):
+            count += 1
+        hva = regions[region, 2] + (page - regions[region, 0]) * PAGE_SIZE
+        room[0], room[1] = hva, unpacking.content.ctypes.data + slot * PAGE_SIZE
+        room[2], room[3], room[4] = count * PAGE_SIZE, 0, 0
+        native.ioctl(uffd, _COPY, room.ctypes.data)
+        done = max(room[4], 0) // PAGE_SIZE
+        for index in range(count):
+            if index < done:
+                table.where[page + index] = _RESIDENT
+            release_one(table.claimed, page + index)
+        slot += count
+
+
+@njit(types.void(types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+def _save(page: int, flags: int, table: Table, desk: Desk) -> None:
+    """Save a pending page before its fault is answered; one that comes from a store is saved on the way."""
+    if table.where[page] < _POOL:
+        if flags & (_WP_FAULT | _MINOR_FAULT):
+            save_from_file(table.saving, page, table.regions, desk.staging)
+        elif table.where[page] != _PEER:
+            save_zeros(table.saving, page)
 
 
 @njit(types.int64(types.int32, types.int64, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
@@ -267,6 +361,8 @@ def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk
     if page < table.known.size:
         # Before it can be written, and a page that is mapped anew is no longer protected.
         table.known[page] = 0
+    if must_save(table.saving, page):
+        _save(page, flags, table, desk)
     if flags & _WP_FAULT:
         result = _unprotect(uffd, room, hva, 0)
         counts[_C_WP] += 1
@@ -280,6 +376,8 @@ def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk
         result = -_EEXIST
     elif where[page] == _DISK:
         result = _from_disk(uffd, room, hva, page, table, desk)
+    elif where[page] == _SNAPSHOT:
+        result = _from_snapshot(uffd, room, hva, page, table, desk)
     elif where[page] >= _POOL:
         result = _from_store(uffd, room, hva, page, table, desk)
     elif where[page] == _PEER:
@@ -305,10 +403,13 @@ def _work_off(uffds: NDArray[np.int32], space: int, address: int, table: Table, 
     page = page_of(table.regions, address)
     if page < 0:
         return 0
+    from_snapshot = desk.counts[_C_SNAPSHOT]
     began = native.monotonic_ns(desk.room)
     result = _answer(uffds[space], address & -PAGE_SIZE, page, desk.state[_S_DETAIL], table, desk)
     if result == 0:
         record(desk.histogram, native.monotonic_ns(desk.room) - began)
+        if desk.counts[_C_SNAPSHOT] != from_snapshot:
+            _bring_along(uffds[space], table, desk)
     elif result == -_EAGAIN:
         kept = desk.retries[desk.state[_S_RETRIES]]
         kept[0], kept[1], kept[2] = space, desk.state[_S_DETAIL], address

@@ -21,6 +21,9 @@ xxh3_with_secret: Any = types.ExternalFunction(
     "XXH3_64bits_withSecret", types.uint64(types.uintp, types.uint64, types.uintp, types.uint64)
 )
 """For compiled loops: the digest of (address, length) under the secret at (address, length)."""
+_xxh3_seeded: Any = types.ExternalFunction(
+    "XXH3_64bits_withSeed", types.uint64(types.uintp, types.uint64, types.uint64)
+)
 
 
 @njit("void(uint64[::1], boolean[::1])", cache=True, nogil=True)
@@ -53,6 +56,27 @@ def zero_pages(buffer: NDArray[np.uint8]) -> NDArray[np.bool_]:
 def page_digest(address: int) -> int:
     """:func:`page_digests` of the page at ``address``, for compiled loops."""
     return _xxh3(address, PAGE_SIZE)  # type: ignore[no-any-return]
+
+
+@njit("uint64(uintp, uint64, uint64)", cache=True, nogil=True)
+def keyed_digest(address: int, length: int, seed: int) -> int:
+    """Digest ``length`` bytes at ``address`` with XXH3, 64 bits, under a seed."""
+    return _xxh3_seeded(address, length, seed)  # type: ignore[no-any-return]
+
+
+@njit("void(uint8[::1], uint64, uint64[:, ::1])", cache=True, nogil=True)
+def _keyed_digests(buffer: NDArray[np.uint8], seed: int, out: NDArray[np.uint64]) -> None:
+    for page in range(out.shape[0]):
+        address = buffer.ctypes.data + page * PAGE_SIZE
+        out[page, 0] = keyed_digest(address, PAGE_SIZE, seed)
+        out[page, 1] = keyed_digest(address, PAGE_SIZE, int(~np.uint64(seed)))
+
+
+def keyed_digests(buffer: NDArray[np.uint8], seed: int) -> NDArray[np.uint64]:
+    """Digest each page in ``buffer`` with 128 bits under a seed; shape (pages, 2)."""
+    out = np.empty((buffer.size // PAGE_SIZE, 2), dtype=np.uint64)
+    _keyed_digests(buffer, seed, out)
+    return out
 
 
 @njit("void(uint8[::1], uint64[::1])", cache=True, nogil=True)

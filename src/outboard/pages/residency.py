@@ -53,9 +53,11 @@ class Where(IntEnum):
     """On a disk of the VM, which held it already: the locator names image and block."""
     SHARED = 7
     """Mapped from a sharing pool, where ``locator`` is its slot; or copied from there by a write (pager/overlay.py)."""
+    SNAPSHOT = 6
+    """In the snapshot that the guest was restored from."""
 
 
-STORED = (Where.POOL, Where.FILE, Where.DISK)
+STORED = (Where.POOL, Where.FILE, Where.DISK, Where.SNAPSHOT)
 """Where ``locator`` says more."""
 
 

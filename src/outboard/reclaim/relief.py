@@ -1,7 +1,7 @@
 """What a host under memory pressure asks of its VMs: a target for each, lower while tasks wait, lifted when none does.
 
 Each time that tasks have waited too long in a window, a fiftieth of the host's memory is to be given, by those whom
-:func:`~outboard.reclaim.victims.victims` names: their targets go down by it. After a minute without, all targets are
+shares and idle memory name: their targets go down by it. After a minute without, all targets are
 lifted again: what is away stays away until it is touched.
 """
 

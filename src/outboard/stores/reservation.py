@@ -41,7 +41,6 @@ import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import msgspec
@@ -49,13 +48,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import KernelError, OutboardError, RefusedError, StoreFullError
-from outboard.linux import fallocate, fiemap, reflink, statfs, xfs
-from outboard.pages import PAGE_SIZE
+from outboard.linux import fallocate, fiemap
 from outboard.pages.shared import file_array, shared_array
+from outboard.stores import moving
+from outboard.stores.moving import NO_ROOM, UNIT, Way, is_mapped, mapped, require_file_system, units_of, way_of
+from outboard.stores.thick import make_thick
 
-UNIT = 1 << 20
-"""Bytes that move as one."""
-UNIT_PAGES = UNIT // PAGE_SIZE
 SPARE = 4
 """Units that are reserved beyond what is promised."""
 _HERE, _GONE, _LOST = 0, -1, -2
@@ -66,16 +64,7 @@ _BALLAST, _BALLAST_SHARE = 4 << 20, 1024
 _HEAD, _INTENT, _STATE_SIZE = 0, 4096, 8192
 _COMMITS = 4
 """How often to look for room on a full disk."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-
-
-class Way(Enum):
-    """How a unit moves between the reservation and a swap file."""
-
-    EXCHANGE = "exchange"
-    CLONE = "clone"
-    ALLOCATE = "allocate"
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -140,7 +129,7 @@ class Reservation:
             except OSError as error:
                 raise KernelError(f"making the reservation in {directory}", error.errno or errno.EIO) from error
             undo.callback(os.close, self._state)
-            _require_file_system(directory, self._state)
+            require_file_system(directory, self._state)
             self._zeros: NDArray[np.uint8] = shared_array(UNIT, np.uint8)
             fcntl.flock(self._state, fcntl.LOCK_EX)
             try:
@@ -168,14 +157,18 @@ class Reservation:
                     f"{(self.units - SPARE)} MiB are not reserved in {self.directory} yet; outboard agent does that as "
                     "it starts",
                 )
-            self._make()
+            self._write_state(_HEAD, b"")
+            self._write_state(_INTENT, b"")
+            size = self.units * UNIT
+            sizes = {"reservation": size, "ballast": _BALLAST + size // _BALLAST_SHARE, "map": self.units * 8}
+            make_thick(self.directory, sizes)
         self._map: NDArray[np.int64] = file_array(self.directory / "map", self.units, np.int64)
         self._ours = os.open(self.directory / "reservation", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
         undo.callback(os.close, self._ours)
         self._ballast = os.open(self.directory / "ballast", os.O_RDWR | os.O_CLOEXEC)
         undo.callback(os.close, self._ballast)
         if head is None:
-            head = _Head(self.units, self._measure(), self._probe(), _BOOT.read_text())
+            head = _Head(self.units, self._measure(), way_of(self.directory), _BOOT.read_text())
             self._write_state(_HEAD, msgspec.json.encode(head))
         self.way, self._blocks = head.way, head.blocks
         if head.boot != _BOOT.read_text():
@@ -196,70 +189,11 @@ class Reservation:
     def _write_state(self, at: int, text: bytes) -> None:
         os.pwrite(self._state, text.ljust(_INTENT, b"\0"), at)
 
-    def _make(self) -> None:
-        """Allocate everything, and write it."""
-        self._write_state(_HEAD, b"")
-        self._write_state(_INTENT, b"")
-        names = [self.directory / name for name in ("reservation", "ballast", "map")]
-        for path in names:
-            path.unlink(missing_ok=True)
-        size, ballast = self.units * UNIT, _BALLAST + self.units * UNIT // _BALLAST_SHARE
-        try:
-            for path, length in zip(names, (size, ballast, self.units * 8), strict=True):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                try:
-                    fallocate.allocate(fd, 0, length)
-                    self._write_whole(fd, length)
-                finally:
-                    os.close(fd)
-        except OSError as error:
-            for path in names:
-                path.unlink(missing_ok=True)
-            if error.errno in _NO_ROOM:
-                free = os.statvfs(self.directory)
-                raise RefusedError(
-                    "swap-space",
-                    f"a swap reservation of {size >> 20} MiB does not fit into {self.directory}, where "
-                    f"{free.f_bavail * free.f_frsize >> 20} MiB are free; reserve less, or make room",
-                ) from error
-            raise KernelError(f"making the reservation in {self.directory}", error.errno or errno.EIO) from error
-
-    def _write_whole(self, fd: int, length: int) -> None:
-        """What was never written is cloned as a hole, and splits the extent tree when it is."""
-        for at in range(0, length, UNIT):
-            part = self._zeros[: min(UNIT, length - at)].data
-            if os.pwrite(fd, part, at) != len(part):
-                raise OSError(errno.ENOSPC, "short write")
-        os.fsync(fd)
-        # It is not to be read again.
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def _probe(self) -> Way:
-        """Try, on files without a name, what the file system can."""
-        one = os.open(self.directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-        other = os.open(self.directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-        try:
-            os.pwrite(one, self._zeros[: 16 * PAGE_SIZE].data, 0)
-            os.fsync(one)
-            os.ftruncate(other, 16 * PAGE_SIZE)
-            for way, move in ((Way.EXCHANGE, xfs.exchange), (Way.CLONE, reflink.clone)):
-                try:
-                    move(one, 0, other, 0, 16 * PAGE_SIZE)
-                except KernelError as error:
-                    if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
-                        raise
-                else:
-                    return way
-            return Way.ALLOCATE
-        finally:
-            os.close(one)
-            os.close(other)
-
     def _start_over(self) -> None:
         """After a power cut: what swap files hold is nobody's any more."""
         self._write_state(_INTENT, b"")
         for k in range(self.units):
-            self._map[k] = _HERE if _is_mapped(self._ours, k) else _GONE
+            self._map[k] = _HERE if is_mapped(self._ours, k) else _GONE
         for path in list(self._files.iterdir()):
             self._empty(path)
             path.unlink()
@@ -300,8 +234,8 @@ class Reservation:
             with contextlib.suppress(FileNotFoundError):
                 fd = os.open(self._files / intent.file, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
                 open_.callback(os.close, fd)
-                theirs = _is_mapped(fd, intent.unit)
-                if theirs and _mapped(self._ours, k) == 0:
+                theirs = is_mapped(fd, intent.unit)
+                if theirs and mapped(self._ours, k) == 0:
                     self._fill(fd, intent.unit)
                 else:
                     theirs = False
@@ -325,9 +259,9 @@ class Reservation:
             try:
                 fallocate.allocate(fd, unit * UNIT, UNIT)
             except KernelError as error:
-                if error.errno not in _NO_ROOM:
+                if error.errno not in NO_ROOM:
                     raise
-            if _is_mapped(fd, unit):
+            if is_mapped(fd, unit):
                 return True
             # ext4 gives out what was punched when its journal has been committed.
             os.fsync(self._ours)
@@ -352,7 +286,7 @@ class Reservation:
             self._regain()
             k = self._first(_HERE)
             with self._intending(file.name, unit, k):
-                moved = self._move_out(file.fd, unit, k)
+                moved = self._move(self._ours, k, file.fd, unit)
                 if moved:
                     self._map[k] = _GONE
                     written = self.way is Way.ALLOCATE
@@ -383,45 +317,8 @@ class Reservation:
             )
         return found[0]
 
-    def _move_out(self, fd: int, unit: int, k: int) -> bool:
-        """Move a unit into a hole of a swap file; whether that worked."""
-        if self.way is Way.ALLOCATE:
-            return self._reallocate(self._ours, k, fd, unit)
-        return self._move(self._ours, k, fd, unit)
-
     def _move(self, source: int, at: int, target: int, to: int) -> bool:
-        """XFS: the same blocks; whether that worked, if not then nothing has changed."""
-        for ways in (self.way, Way.CLONE):
-            for _ in range(2):
-                try:
-                    if ways is Way.EXCHANGE:
-                        xfs.exchange(source, at * UNIT, target, to * UNIT, UNIT)
-                    else:
-                        reflink.clone(source, at * UNIT, target, to * UNIT, UNIT)
-                        fallocate.punch(source, at * UNIT, UNIT)
-                    return True
-                except OSError as error:
-                    if error.errno not in _NO_ROOM + (errno.EOPNOTSUPP,):
-                        raise
-                    if _mapped(source, at) == 0 and _is_mapped(target, to):
-                        return True
-                    fallocate.punch(target, to * UNIT, UNIT)
-                    # The file system's own books want room for a moment; the ballast has it.
-                    os.ftruncate(self._ballast, 0)
-        return False
-
-    def _reallocate(self, source: int, at: int, target: int, to: int) -> bool:
-        """ext4: as many blocks; whether that worked, if not then nothing has changed."""
-        try:
-            fallocate.allocate(target, to * UNIT, UNIT)
-        except KernelError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-        if not _is_mapped(target, to):
-            fallocate.punch(target, to * UNIT, UNIT)
-            return False
-        fallocate.punch(source, at * UNIT, UNIT)
-        return True
+        return moving.move(self.way, source, at, target, to, lambda: os.ftruncate(self._ballast, 0))
 
     def give_back(self, file: SwapFile, units: list[int]) -> list[int]:
         """Take units of a swap file back that no page is in; those that came, on a full disk perhaps not all."""
@@ -437,8 +334,7 @@ class Reservation:
             return True
         k = gone[0]
         with self._intending(name, unit, k):
-            move = self._reallocate if self.way is Way.ALLOCATE else self._move
-            came = move(fd, unit, self._ours, k)
+            came = self._move(fd, unit, self._ours, k)
             if came:
                 self._map[k] = _HERE
             elif by_force:
@@ -483,7 +379,7 @@ class Reservation:
                 else:
                     os.ftruncate(self._ballast, max(0, size))
             except OSError as error:
-                if error.errno not in _NO_ROOM:
+                if error.errno not in NO_ROOM:
                     raise
                 return
 
@@ -528,7 +424,7 @@ class Reservation:
                     os.ftruncate(fd, units * UNIT)
                     break
                 except OSError as error:
-                    if error.errno not in _NO_ROOM:
+                    if error.errno not in NO_ROOM:
                         raise KernelError(f"open of the swap file {path}", error.errno or errno.EIO) from error
                     if attempt:
                         raise StoreFullError(f"the disk of {path} is full: the swap file cannot be made") from error
@@ -540,8 +436,7 @@ class Reservation:
         """Which units of a swap file have blocks."""
         with self._locked():
             found = np.zeros(units, dtype=np.bool_)
-            for one in fiemap.extents(file.fd, 0, units * UNIT):
-                found[one.offset // UNIT : -(-(one.offset + one.length) // UNIT)] = True
+            found[units_of(file.fd, units * UNIT)] = True
             return found
 
     def lent_to(self, file: SwapFile) -> set[int]:
@@ -574,12 +469,7 @@ class Reservation:
         try:
             for k in self._at(os.fstat(fd).st_ino):
                 self._map[k] = _HERE
-            units = {
-                unit
-                for one in fiemap.extents(fd, 0, os.fstat(fd).st_size)
-                for unit in range(one.offset // UNIT, -(-(one.offset + one.length) // UNIT))
-            }
-            for unit in sorted(units):
+            for unit in units_of(fd, os.fstat(fd).st_size):
                 self._take_back(path.name, fd, unit, by_force=True)
         finally:
             os.close(fd)
@@ -600,30 +490,3 @@ class SwapFile:
     name: str
     fd: int
     inode: int
-
-
-def _require_file_system(directory: Path, fd: int) -> None:
-    """Refuse where an allocated block is not one's own, or nobody can say.
-
-    :raise RefusedError: ``swap-file-system``.
-    """
-    kind = statfs.of(fd).type
-    if kind in (statfs.EXT4_SUPER_MAGIC, statfs.XFS_SUPER_MAGIC):
-        return
-    if kind == statfs.BTRFS_SUPER_MAGIC:
-        why = "is on btrfs, which writes to new blocks instead of those that were allocated"
-    elif kind == statfs.TMPFS_MAGIC:
-        why = "is on tmpfs, which is memory"
-    else:
-        why = f"is on a file system (type {kind:#x}) of which it is not known that what is allocated can be written"
-    raise RefusedError("swap-file-system", f"{directory} {why}; put the swap reservation on ext4 or XFS")
-
-
-def _mapped(fd: int, unit: int) -> int:
-    """How many bytes of a unit have blocks."""
-    begin, end = unit * UNIT, (unit + 1) * UNIT
-    return sum(min(end, one.offset + one.length) - max(begin, one.offset) for one in fiemap.extents(fd, begin, UNIT))
-
-
-def _is_mapped(fd: int, unit: int) -> bool:
-    return _mapped(fd, unit) == UNIT

@@ -28,7 +28,8 @@ from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digests
 from outboard.pages.shared import file_array, shared_array
 from outboard.stores.file import FileStore
-from outboard.stores.reservation import UNIT, UNIT_PAGES, Reservation, SwapFile
+from outboard.stores.moving import UNIT, UNIT_PAGES
+from outboard.stores.reservation import Reservation, SwapFile
 from outboard.stores.store import StoreStatistics
 
 _ROOMY = UNIT_PAGES // 4

@@ -162,6 +162,22 @@ class Departure:
                 send(memoryview(buffer)[:size])
         send(memoryview(b""))
 
+    def go_on(self, timeout: float = 10.0) -> float:
+        """After :meth:`wait_saved`: the guest stays here and runs on, or is paused as before.
+
+        :return: when it ran again, in seconds of the wall clock as QEMU read it.
+        :raise UnreachableError: the VMM does not answer.
+        """
+        monitor = self._guest.monitor
+        moment = time.time()
+        if self._running:
+            monitor.execute("cont")
+            stamp = monitor.wait_event({"RESUME"}, timeout)["timestamp"]
+            moment = float(stamp["seconds"] + stamp["microseconds"] / 1e6)
+        self._started = False
+        _set_capabilities(monitor, _CAPABILITIES, False)
+        return moment
+
     def undo(self, timeout: float = 10.0) -> None:
         """Take everything back: the guest runs at the source as before, or is paused there.
 

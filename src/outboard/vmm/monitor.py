@@ -126,9 +126,9 @@ class Monitor:
     def _command(self, command: str, arguments: dict[str, object], timeout: float) -> Any:
         return self._do(self._client.execute(command, arguments or None), timeout, command)
 
-    def human(self, line: str) -> str:
+    def human(self, line: str, timeout: float = 30.0) -> str:
         """Execute a line of the human monitor, for what QMP does not offer."""
-        return str(self._command("human-monitor-command", {"command-line": line}, 30.0))
+        return str(self._command("human-monitor-command", {"command-line": line}, timeout))
 
     def wait_event(self, names: Set[str], timeout: float) -> dict[str, Any]:
         """The next event that is one of ``names``; others are kept for later calls, in their order.

@@ -161,6 +161,12 @@ class Registry:
         fresh.write_bytes(msgspec.json.encode(record, enc_hook=_encode_path))
         fresh.rename(record.directory / _RECORD)
 
+    def describe(self, name: str, spec: str) -> None:
+        """Replace the description of a VM: its disks are others now."""
+        fresh = self._vms / name / f"{_SPEC}.new"
+        fresh.write_text(spec)
+        fresh.rename(self._vms / name / _SPEC)
+
     def get(self, name: str) -> VmRecord:
         """The VM of that name.
 

@@ -155,6 +155,12 @@ def test_what_is_not_understood_is_refused_with_its_reason(tmp_path: Path) -> No
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "two.qcow2", path, "1M")
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", path, tmp_path / "two.qcow2", "1M")
     assert refused(Disk(str(path))) == "image-chain"
+    for name in (b"\xff\xfe", b"a\0b"):
+        qemu_img("create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "b" * len(name), path, "1M")
+        raw = path.read_bytes()
+        at = struct.unpack_from(">Q", raw, 8)[0]
+        patched(path, at, name)
+        assert refused(Disk(str(path))) == "image-damaged"
     path.write_bytes(b"not at all" * 100)
     assert refused(Disk(str(path))) == "image-damaged"
     with pytest.raises(NotFoundError):

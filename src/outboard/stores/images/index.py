@@ -89,6 +89,22 @@ def _path_of(identity: Identity, directory: Path) -> Path:
     return directory / f"{identity.device:x}-{identity.inode}.blocks"
 
 
+def _wanted(identity: Identity) -> tuple[object, ...]:
+    """What the head of an index for that image begins with."""
+    return (_MAGIC, _VERSION, 0, identity.device, identity.inode, identity.size, identity.modified, identity.changed)
+
+
+def is_there(layer: Layer, directory: Path) -> bool:
+    """Whether an index for the image as it is now lies in ``directory``; it may be damaged."""
+    identity = layer.file.identity()
+    try:
+        with _path_of(identity, directory).open("rb") as file:
+            raw = file.read(_HEAD.size)
+    except OSError:
+        return False
+    return len(raw) == _HEAD.size and _HEAD.unpack(raw)[:8] == _wanted(identity)
+
+
 def load(layer: Layer, directory: Path) -> LayerIndex | None:
     """The index that lies in ``directory`` for the image as it is now; None: there is none, or it is damaged."""
     identity = layer.file.identity()
@@ -102,10 +118,9 @@ def load(layer: Layer, directory: Path) -> LayerIndex | None:
     if raw.size < _HEAD.size:
         return None
     head = _HEAD.unpack(raw[: _HEAD.size].tobytes())
-    wanted = (_MAGIC, _VERSION, 0, identity.device, identity.inode, identity.size, identity.modified, identity.changed)
     count, digest = head[8:]
     body = raw[_HEAD.size :]
-    if head[:8] != wanted or body.size != 12 * count or xxhash.xxh3_64_intdigest(body.data) != digest:
+    if head[:8] != _wanted(identity) or body.size != 12 * count or xxhash.xxh3_64_intdigest(body.data) != digest:
         return None
     keys, blocks = body[: 8 * count].view(np.uint64), body[8 * count :].view(np.uint32)
     return _indexed(keys, blocks, built=False)

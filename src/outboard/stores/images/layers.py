@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from outboard.errors import RefusedError
 from outboard.pages import PAGE_SIZE
 from outboard.stores.images.files import ImageFile
@@ -56,14 +58,7 @@ class Layer:
 
     def extents(self) -> list[tuple[int, int]]:
         """Where in the file whole blocks of the disk lie: (offset, length), multiples of 4 KiB, in order."""
-        if self.qcow2 is None:
-            found = self.file.extents()
-        else:
-            cluster = self.qcow2.cluster
-            if cluster < PAGE_SIZE:
-                return []
-            offsets = sorted(int(one) for part in self.qcow2.clusters() for one in part.data[part.data != 0])
-            found = [(offset, cluster) for offset in offsets]
+        found = self.file.extents() if self.qcow2 is None else self._clusters(self.qcow2)
         merged: list[list[int]] = []
         end = self.file.size // PAGE_SIZE * PAGE_SIZE
         for offset, length in found:
@@ -74,6 +69,22 @@ class Layer:
             elif low < high:
                 merged.append([low, high])
         return [(low, high - low) for low, high in merged]
+
+    @staticmethod
+    def _clusters(qcow2: Qcow2) -> list[tuple[int, int]]:
+        """Where clusters lie, those that follow one another as one."""
+        if qcow2.cluster < PAGE_SIZE:
+            return []
+        offsets = np.concatenate([np.empty(0, np.uint64), *(part.data[part.data != 0] for part in qcow2.clusters())])
+        offsets = np.unique(offsets)
+        if not offsets.size:
+            return []
+        begins = np.append(0, np.flatnonzero(np.diff(offsets) != qcow2.cluster) + 1)
+        counts = np.diff(begins, append=offsets.size)
+        return [
+            (offset, count * qcow2.cluster)
+            for offset, count in zip(offsets[begins].tolist(), counts.tolist(), strict=True)
+        ]
 
 
 def open_layers(disk: DiskSpec, number: int) -> list[Layer]:

@@ -84,7 +84,7 @@ class Qcow2:
         if backing_at:
             if not 0 < backing_size <= _MOST_BACKING:
                 raise self._damaged(f"has a name of {backing_size} bytes for the image below")
-            self.backing = file.read(backing_size, backing_at).decode(errors="surrogateescape")
+            self.backing = self._name(file.read(backing_size, backing_at))
         per_table = self.cluster // 8
         needed = -(-self.size // (self.cluster * per_table))
         if not needed <= self._l1_size <= _MOST_L1 // 8 or self._l1_at % self.cluster:
@@ -93,6 +93,15 @@ class Qcow2:
             )
         self._l1_used = needed
         self._per_table = per_table
+
+    def _name(self, raw: bytes) -> str:
+        try:
+            name = raw.decode()
+        except UnicodeDecodeError:
+            name = "\0"
+        if "\0" in name:
+            raise self._damaged(f"calls the image below {raw!r}, which is no path")
+        return name
 
     def _damaged(self, words: str) -> RefusedError:
         return RefusedError("image-damaged", f"{self._file.path} {words}; qemu-img check tells more")

@@ -1,0 +1,1 @@
+"""Snapshots of running VMs, and VMs restored from them."""
