@@ -514,8 +514,11 @@ class Pager:
         """Prepare an image of the memory, to be taken at an instant; :meth:`end_capture` it whatever becomes of it.
 
         :param spill: a file of the caller's, for pages that do not fit in memory; :param ring: pages that do.
+        :raise RefusedError: ``shared``: some of it is mapped from a sharing pool, and not in the guest's file.
         :raise KernelError: the kernel refused; nothing is protected.
         """
+        if self.overlay is not None or self.residency.count(Where.SHARED):
+            raise RefusedError("shared", f"{self.guest.name}: pages that it shares are in no file of its own")
         image = Capture(
             self.residency,
             self._regions,
