@@ -26,7 +26,7 @@ from rich.console import Console
 
 from demo.hosts import ROOT
 from guest.build import build
-from outboard.agent.manager import CONTROL
+from outboard.agent.holding import CONTROL
 from outboard.agent.orders import Evict, Fetch, Look, Order, ask
 from outboard.agent.swapping import ReservedSwap
 from outboard.errors import OutboardError, UnreachableError

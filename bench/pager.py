@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from outboard.agent.manager import CONTROL
+from outboard.agent.holding import CONTROL
 from outboard.agent.orders import Evict, Release, ask
 from outboard.errors import OutboardError
 from outboard.linux import pidfd, process_madvise

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from outboard.agent.manager import CONTROL, Manager
+from outboard.agent.holding import CONTROL
+from outboard.agent.manager import Manager
 from outboard.agent.orders import Evict, Fetch, HandOver, Learn, Look, Recover, Release, ask
 from outboard.errors import NotFoundError, OutboardError, RefusedError, UnreachableError
 from outboard.linux import proc

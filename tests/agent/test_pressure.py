@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from outboard.agent.manager import CONTROL, Manager
+from outboard.agent.holding import CONTROL
+from outboard.agent.manager import Manager
 from outboard.agent.orders import Look, Release, ask
 from outboard.agent.pressure import Pressure
 from outboard.errors import KernelError

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from outboard.agent.manager import CONTROL, Manager
+from outboard.agent.holding import CONTROL
+from outboard.agent.manager import Manager
 from outboard.agent.orders import Evict, HandOver, Look, Looked, Reclaim, Release, ask
 from outboard.agent.swapping import ReservedSwap
 from outboard.stores.reservation import Reservation

@@ -18,6 +18,7 @@ import pytest
 from outboard.errors import DamagedPageError, RefusedError
 from outboard.linux import pidfd, proc, ptrace
 from outboard.linux.userfaultfd import UFFDIO_POISON, Userfaultfd
+from outboard.pager.known import Known
 from outboard.pager.on_disk import OnDisk
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
@@ -57,6 +58,7 @@ class Scene:
         self.on_disk = OnDisk(self.disks, self.directory / "indexes", self.journal, PAGES)
         self.on_disk.await_indexes()
         self.pager = Pager(self.guest, Residency(PAGES, self.journal), self.stores, on_disk=self.on_disk)
+        self.known = Known(self.pager, self.on_disk)
 
     def disengage(self) -> None:
         self.pager.close()
@@ -108,7 +110,7 @@ def test_no_update_of_a_writer_is_lost(scene: Scene) -> None:
     scene.target.ask("g")
     for _ in range(60):
         scene.pager.evict(ALL, Where.FILE)
-        scene.pager.learn(ALL)
+        scene.known.learn(ALL)
     assert scene.target.ask("s").startswith("bad 0 of")
     assert scene.pager.failure is None
 
@@ -189,10 +191,10 @@ def break_memory(scene: Scene, page: int) -> None:
 
 def test_a_page_whose_memory_fails_is_replaced_while_the_guest_runs(scene: Scene) -> None:
     require("poison")
-    assert scene.pager.learn(ALL) == len(HELD)
+    assert scene.known.learn(ALL) == len(HELD)
     page = HELD.start + 20
     break_memory(scene, page)
-    scene.pager.replace(page)
+    scene.known.replace(page)
     assert scene.target.ask(f"r {page}") == str(page)
     assert scene.target.ask(f"w {page} 77") == "written"
     assert scene.target.ask("t").split()[1] == str(SUM - page + 77)
@@ -200,36 +202,36 @@ def test_a_page_whose_memory_fails_is_replaced_while_the_guest_runs(scene: Scene
 
 def test_without_the_replacement_it_is_a_memory_error(scene: Scene) -> None:
     require("poison")
-    scene.pager.learn(ALL)
+    scene.known.learn(ALL)
     break_memory(scene, HELD.start)
     scene.target.say(f"r {HELD.start}")
     assert scene.target.ended() == -signal.SIGBUS
 
 
 def test_a_page_that_no_disk_holds_as_it_was_last_is_reported(scene: Scene) -> None:
-    scene.pager.learn(ALL)
+    scene.known.learn(ALL)
     page = HELD.start + 1
     assert scene.target.ask(f"w {page} 9") == "written"
     for refused in (page, 5, PAGES, -1):
         with pytest.raises(RefusedError) as caught:
-            scene.pager.replace(refused)
+            scene.known.replace(refused)
         assert caught.value.reason == ("not-on-disk" if refused in (page, 5) else "no-such-page")
     assert scene.target.ask(f"r {page}") == "9"
     assert scene.on_disk.known.sum() == len(HELD) - 1
 
 
 def test_what_was_known_is_forgotten_when_it_moves(scene: Scene) -> None:
-    scene.pager.learn(ALL)
+    scene.known.learn(ALL)
     scene.pager.evict(PageSet.from_numbers(PAGES, np.array([HELD.start])), Where.FILE)
     assert not scene.on_disk.known[HELD.start]
     assert scene.target.ask(f"w {HELD.start} 4") == "written"
     with pytest.raises(RefusedError, match="not known to lie on any"):
-        scene.pager.replace(HELD.start)
+        scene.known.replace(HELD.start)
 
 
 def test_a_replacement_from_a_disk_that_has_changed_is_refused(scene: Scene) -> None:
-    scene.pager.learn(ALL)
+    scene.known.learn(ALL)
     scene.spoil(HELD.start + 2)
     with pytest.raises(DamagedPageError):
-        scene.pager.replace(HELD.start + 2)
+        scene.known.replace(HELD.start + 2)
     assert scene.target.ask(f"r {HELD.start + 2}") == str(HELD.start + 2)

@@ -14,8 +14,9 @@ import pytest
 from outboard.errors import KernelError, RefusedError
 from outboard.linux import memfd, proc
 from outboard.linux.hand import Hand
-from outboard.pager import overlay as overlay_module
-from outboard.pager.overlay import Overlay, overlaid
+from outboard.pager import mappings
+from outboard.pager.mappings import overlaid
+from outboard.pager.overlay import Overlay
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
@@ -162,7 +163,7 @@ def test_slots_need_not_follow_pages_and_mappings_are_limited(scene: Scene, monk
     now = len(proc.maps(scene.target.pid))
     # The hand's own, and the one that pages are mapped back from.
     limit.write_text(str(4096 + now + 2 + 4))
-    monkeypatch.setattr(overlay_module, "MAX_MAP_COUNT", limit)
+    monkeypatch.setattr(mappings, "MAX_MAP_COUNT", limit)
     assert scene.overlay.share(spans((10, 700, 1), (11, 20, 1), (30, 30, 1))) == some((10, 2))
     shutil.rmtree(limit.parent)
     assert scene.target.ask("t").split()[1] == str(SUM)

@@ -11,7 +11,7 @@ import pytest
 
 from guest.build import Image
 from outboard.agent.domains import Tell, Told, ask_domain
-from outboard.agent.manager import CONTROL
+from outboard.agent.holding import CONTROL
 from outboard.agent.orders import Look, Release, ask
 from outboard.agent.sharer import domain_directory
 from outboard.errors import OutboardError

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from guest.build import Image
-from outboard.agent.manager import CONTROL
+from outboard.agent.holding import CONTROL
 from outboard.agent.orders import Look, Looked, ask
 from outboard.errors import OutboardError
 from outboard.linux import pidfd, proc

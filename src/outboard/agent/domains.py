@@ -31,7 +31,8 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from outboard.agent.manager import CONTROL, LAYOUT, listen
+from outboard.agent.holding import CONTROL, listen
+from outboard.agent.manager import LAYOUT
 from outboard.agent.orders import DropZeros, Failed, Look, Looked, ReadRound, Rebuild, Share, Tidy, Unshare, ask
 from outboard.agent.orders import Order as EngineOrder
 from outboard.agent.sharer import domain_directory, pool_path

@@ -21,11 +21,9 @@ faults that it has read, lets go, and ends; those that come between wait a few m
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import shutil
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ import numpy as np
 import structlog
 
 from outboard.agent import restoring
+from outboard.agent.holding import CONTROL, empty, hold, listen
 from outboard.agent.orders import (
     DropZeros,
     Evict,
@@ -58,7 +57,6 @@ from outboard.agent.orders import (
     Snapshot,
     Tidy,
     Unshare,
-    ask,
 )
 from outboard.agent.reclaiming import Reclaimer
 from outboard.agent.restoring import Restored, Source
@@ -67,6 +65,7 @@ from outboard.agent.snapshotting import Snapshotting, Vm, mend
 from outboard.agent.swapping import PlainSwap, Swapping
 from outboard.errors import DamagedPageError, KernelError, OutboardError, RefusedError
 from outboard.linux import pidfd
+from outboard.pager.known import Known
 from outboard.pager.on_disk import OnDisk
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
@@ -81,10 +80,8 @@ from outboard.trace.idle import IdleTrace
 from outboard.vmm.guest import Guest
 from outboard.vmm.layout import Layout
 
-CONTROL = "control.sock"
 LAYOUT = "layout.json"
 _SWAPPING = "swap.json"
-_HAND_OVER_S = 10.0
 _HALF_LIFE_S = 300.0
 """Of what earlier orders have seen the guest touch."""
 _SNAPSHOT_LOOK_S = 0.01
@@ -134,13 +131,13 @@ class Manager:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._directory = directory
         with contextlib.ExitStack() as undo:
-            self._lock = _lock(directory, successor=successor)
+            self._lock = hold(directory, successor=successor)
             undo.callback(os.close, self._lock)
             self._swap: Swapping = PlainSwap(os.fspath(swap)) if isinstance(swap, Path) else swap
             layout = Layout.load(directory / LAYOUT)
             if layout is None:
                 # Whatever lies here is another guest's, or of the time before a power cut: nobody can want it.
-                _empty(directory)
+                empty(directory)
                 self._swap.remove()
                 undo.callback(self._forget)
                 (directory / _SWAPPING).write_bytes(msgspec.json.encode(self._swap))
@@ -181,6 +178,7 @@ class Manager:
             self._pager = Pager(self._guest, residency, self._stores, on_disk=self._disks)
             undo.callback(self._pager.close)
             self._sharer = Sharer(self._pager, directory, directory.parents[2])
+            self._known = Known(self._pager, self._disks)
             self._reclaimer = Reclaimer(self._guest, directory, self._evict_coldest)
             undo.pop_all()
         self._vm = vm
@@ -381,9 +379,9 @@ class Manager:
             case Learn():
                 if self._disks is not None:
                     self._disks.await_indexes()
-                return self._pager.learn(self._guest.memory.populated()), False
+                return self._known.learn(self._guest.memory.populated()), False
             case Recover(page):
-                self._pager.replace(page)
+                self._known.replace(page)
                 return 1, False
             case Reclaim():
                 self._reclaimer.steer(order)
@@ -470,56 +468,3 @@ def _send(client: Connection, answer: Looked | Snapped | Failed) -> None:
     # Whoever asked may have gone.
     with contextlib.suppress(OSError):
         client.send_bytes(msgspec.json.encode(answer))
-
-
-def _lock(directory: Path, *, successor: bool) -> int:
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        deadline = time.monotonic() + _HAND_OVER_S
-        asked = not successor
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever released the guest has removed the directory, and with it the lock that we have open.
-                directory.mkdir(mode=0o750, parents=True, exist_ok=True)
-                if (directory / "lock").exists() and os.path.samestat(os.fstat(fd), (directory / "lock").stat()):
-                    break
-                os.close(fd)
-                fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                continue
-            if not asked:
-                ask(directory / CONTROL, HandOver(), _HAND_OVER_S)
-                asked = True
-            elif not successor or time.monotonic() > deadline:
-                owner = os.pread(fd, 20, 0).decode()
-                raise RefusedError(
-                    "managed", f"engine {owner} has this guest ({directory}); outboard release lets it go"
-                )
-            time.sleep(0.001)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _empty(directory: Path) -> None:
-    for old in directory.iterdir():
-        if old.name != "lock":
-            old.unlink()
-
-
-def listen(path: Path) -> socket.socket:
-    """A socket at ``path`` that takes orders."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX)
-    # By the directory's descriptor: the path may be longer than an address.
-    place = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        listener.bind(f"/proc/self/fd/{place}/{path.name}")
-        path.chmod(0o660)
-        listener.listen()
-    finally:
-        os.close(place)
-    return listener

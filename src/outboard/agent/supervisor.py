@@ -20,7 +20,7 @@ import structlog
 
 from outboard.agent.config import AgentConfig, snapshot_dir
 from outboard.agent.engine import ARRIVING, Manage, Managing, Refused, Restore, end_broken
-from outboard.agent.manager import CONTROL
+from outboard.agent.holding import CONTROL
 from outboard.agent.orders import Look, ask
 from outboard.agent.promises import pools_of, promises
 from outboard.agent.restoring import is_broken

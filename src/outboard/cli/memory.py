@@ -8,7 +8,7 @@ from typing import Literal, cast
 import click
 
 from outboard.agent.config import runtime_dir
-from outboard.agent.manager import CONTROL
+from outboard.agent.holding import CONTROL
 from outboard.agent.orders import Evict, Fetch, Look, Looked, Order, Release, ask
 from outboard.cli.api import call
 from outboard.cli.output import output_option, print_json, size_text

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from outboard.agent.config import runtime_dir
-from outboard.agent.manager import CONTROL
+from outboard.agent.holding import CONTROL
 from outboard.agent.orders import Look, Looked, Reclaim, ask
 from outboard.agent.promises import configured, pools_of, promises
 from outboard.cli.api import call

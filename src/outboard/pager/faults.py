@@ -16,7 +16,8 @@ from outboard.linux import prctl
 from outboard.linux.libc import close
 from outboard.linux.userfaultfd import EventKind
 from outboard.pager.latency import Latencies, LatencyHistogram
-from outboard.pager.serving import AT_ONCE, MESSAGE_WORDS, MOST_SPACES, Count, Desk, Reason, State, Table, serve
+from outboard.pager.serving import AT_ONCE, MESSAGE_WORDS, MOST_SPACES, serve
+from outboard.pager.table import Count, Desk, Reason, State, Table
 from outboard.pages import PAGE_SIZE
 from outboard.pages.shared import shared_array
 

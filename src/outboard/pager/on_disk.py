@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import OutboardError
+from outboard.pages.content import page_digests
 from outboard.pages.shared import file_array
+from outboard.stores import disk
 from outboard.stores.disk import DiskStore, Finder
 from outboard.stores.images import index
 from outboard.stores.images.files import ImageFile
@@ -139,6 +141,19 @@ class OnDisk:
         """Wait until every index is there that can be."""
         if self._building.is_alive():
             self._building.join()
+
+    def look_up(
+        self, numbers: NDArray[np.int64], content: NDArray[np.uint8], zero: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
+        """Which of some pages a disk holds, and the locators of these; their digests are noted.
+
+        :param content: theirs; :param zero: those not to be looked for.
+        """
+        digests = page_digests(content)
+        image, block = self.finder.find(content, digests, zero)
+        found = image != disk.NONE
+        self.digests[numbers[found]] = digests[found]
+        return found, disk.locators(image[found], block[found])
 
     def disturbed(self) -> list[int]:
         """The images that somebody waits to write to, or could have written to since."""

@@ -10,10 +10,10 @@ mapped over it again as it was.
 Why nothing is lost, at whichever instruction the engine dies: *for a page that the journal calls SHARED, the mapping is
 the truth.* If it is the pool's, the content is what the process sees there, and whatever the guest's file holds is
 old. If it is the guest's own, the file holds the page: it is punched only after the pool was mapped, and written before
-it is mapped again. A successor asks /proc/PID/maps which of the two it is (:func:`overlaid`), makes the journal and the
-file agree, and registers the mappings; that can be repeated. The hand, if it was in the middle of its order, finishes
-it first. The journal calls a page SHARED before the pool is mapped and until it no longer is, so whatever a process
-maps of a pool is in its journal: a slot that no journal names is free.
+it is mapped again. A successor asks /proc/PID/maps which of the two it is (:mod:`outboard.pager.mappings`), makes the
+journal and the file agree, and registers the mappings; that can be repeated. The hand, if it was in the middle of its
+order, finishes it first. The journal calls a page SHARED before the pool is mapped and until it no longer is, so
+whatever a process maps of a pool is in its journal: a slot that no journal names is free.
 
 A mapping that differs from its neighbour's is one more for the process, of max_map_count that it may have. The first
 page of a region is never shared: by its mapping a successor finds the guest's file.
@@ -30,8 +30,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,46 +40,22 @@ from outboard.linux.hand import Hand
 from outboard.linux.pagemap import Pagemap
 from outboard.linux.ptrace import SYS_mmap, SYS_munmap
 from outboard.pager import batches
+from outboard.pager.keeper import Keeper
+from outboard.pager.mappings import advice_of, most_mappings
 from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs
-from outboard.pages.residency import Residency, Where
-from outboard.vmm.clamp import Clamp
-from outboard.vmm.guest import Guest, Region
+from outboard.pages.residency import Where
+from outboard.vmm.guest import Region
 from outboard.vmm.large_pages import collapse
 
 _SYS_MADVISE = 28
-_MADVICE = {"dc": mmap.MADV_DONTFORK, "dd": mmap.MADV_DONTDUMP, "hg": mmap.MADV_HUGEPAGE, "nh": mmap.MADV_NOHUGEPAGE}
-"""Flags of a mapping, as smaps spells them, and the advice that sets them."""
 _FILE_ENTRY, _SWAPPED_ENTRY = np.uint64(1 << 61), np.uint64(1 << 62)
 _SWAP_TYPE, _MARKER = np.uint64(31), np.uint64(31)
 """A pagemap entry that says swapped with this type is the mark of a protection: nothing is there."""
-_RESERVE = 4096
-"""Mappings that are left to the VMM."""
-MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
 
 Spans = NDArray[np.int64]
 """Shape (n, 3): first page, first slot in the pool, how many of both."""
-
-
-class Keeper(Protocol):
-    """What an overlay needs of the pager."""
-
-    guest: Guest
-    residency: Residency
-
-    @property
-    def clamp(self) -> Clamp: ...
-    @property
-    def regions(self) -> NDArray[np.int64]: ...
-    @property
-    def spaces(self) -> int: ...
-    def claims(self, pages: PageSet, most: int = ...) -> Iterator[NDArray[np.int64]]: ...
-    def give_up(self, claimed: NDArray[np.int64]) -> None: ...
-    def runs_of(self, numbers: NDArray[np.int64]) -> Runs: ...
-    def protect(self, runs: Runs, protected: bool) -> None: ...
-    def punch(self, runs: Runs) -> None: ...
-    def follow_mappings(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +110,7 @@ class Overlay:
             self._hand = Hand(self._guest.pid, self._guest.emulator_thread())
             self._pool_there = self._hand.give(self._pool)
             self._templates = [self._template(self._hand, region) for region in self._guest.regions]
-            self._advice = [_advice(self._guest.pid, region) for region in self._guest.regions]
+            self._advice = [advice_of(self._guest.pid, region) for region in self._guest.regions]
         except BaseException:
             self.close()
             raise
@@ -167,7 +141,7 @@ class Overlay:
 
     def room(self) -> int:
         """How many more mappings the process may have."""
-        return max(0, _most() - len(proc.maps(self._guest.pid)))
+        return max(0, most_mappings() - len(proc.maps(self._guest.pid)))
 
     def share(self, spans: Spans) -> PageSet:
         """Share those of the pages that are resident and equal the pool's, byte for byte; which those were.
@@ -486,7 +460,7 @@ class Overlay:
     def statistics(self) -> OverlayStatistics:
         """A frozen snapshot."""
         return OverlayStatistics(
-            len(self.shared()), len(self.copied()), self._differed, len(proc.maps(self._guest.pid)), _most()
+            len(self.shared()), len(self.copied()), self._differed, len(proc.maps(self._guest.pid)), most_mappings()
         )
 
 
@@ -510,34 +484,3 @@ def _rows(numbers: NDArray[np.int64], alongside: NDArray[np.int64] | None = None
     edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), numbers.size]
     for begin, end in pairwise(edges):
         yield begin, end - begin
-
-
-def _most() -> int:
-    return int(MAX_MAP_COUNT.read_text()) - _RESERVE
-
-
-def _advice(pid: int, region: Region) -> list[int]:
-    """What has the kernel treat a mapping as it treats the region's first."""
-    here = next(one for one in proc.maps(pid) if one.start <= region.hva < one.end)
-    flags = proc.smaps(pid, here.start).get("VmFlags", "").split()
-    return [advice for flag, advice in _MADVICE.items() if flag in flags]
-
-
-def overlaid(guest: Guest) -> PageSet:
-    """The pages of ``guest`` that are mapped from anything but its own file.
-
-    Source: proc(5), /proc/PID/maps.
-
-    :raise KernelError: the process has ended.
-    """
-    found = PageSet(guest.pages)
-    maps = proc.maps(guest.pid)
-    for region, fd in guest.memory.files():
-        inode = os.fstat(fd).st_ino
-        end = region.hva + region.pages * PAGE_SIZE
-        for one in maps:
-            low, high = max(one.start, region.hva), min(one.end, end)
-            if low < high and not (one.shared and one.inode == inode):
-                first = region.first + (low - region.hva) // PAGE_SIZE
-                found.add(np.array([[first, (high - low) // PAGE_SIZE]], dtype=np.int64))
-    return found

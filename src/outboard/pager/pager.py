@@ -13,12 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
-import threading
-import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,25 +21,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError, RefusedError
-from outboard.linux import ptrace
 from outboard.linux.hand import await_none
 from outboard.linux.userfaultfd import Features, Mode
 from outboard.pager import batches, saving
 from outboard.pager.capture import RING, Capture
+from outboard.pager.evicting import Eviction
 from outboard.pager.faults import FaultServer, FaultStatistics
+from outboard.pager.keeper import BATCH
+from outboard.pager.mappings import overlaid
 from outboard.pager.on_disk import OnDisk
-from outboard.pager.overlay import Overlay, overlaid
+from outboard.pager.overlay import Overlay
 from outboard.pager.saving import Saving
-from outboard.pager.serving import LENDER, Table
+from outboard.pager.table import LENDER, Table
 from outboard.pages import PAGE_SIZE
-from outboard.pages.content import page_digests, zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
 from outboard.pages.shared import shared_array
-from outboard.stores import disk, snapshot
+from outboard.stores import snapshot
 from outboard.stores.file import FileStore
 from outboard.stores.snapshot import SnapshotStore
-from outboard.stores.store import Store
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 
@@ -58,11 +53,6 @@ _FEATURES = (
     | Features.EVENT_UNMAP
 )
 _MODE = Mode.MISSING | Mode.MINOR | Mode.WP
-_SYS_MADVISE = 28
-_BATCH = 256
-"""Pages: a megabyte in transit, and nobody waits longer for a page than such a batch takes."""
-_LANES = 3
-"""Batches that are evicted side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +124,9 @@ class Pager:
         self._regions = guest.memory.table()
         self._claimed: NDArray[np.uint8] = np.zeros(guest.pages, dtype=np.uint8)
         # On whole pages, as files that go past the page cache ask.
-        self._staging: NDArray[np.uint8] = shared_array(_BATCH * PAGE_SIZE, np.uint8)
-        self._counting = threading.Lock()
-        self._evicted = self._zeros = self._fetched = 0
+        self._staging: NDArray[np.uint8] = shared_array(BATCH * PAGE_SIZE, np.uint8)
+        self._eviction = Eviction(self, on_disk)
+        self._fetched = 0
         self._clamp = clamp or Clamp.take_again(guest, _MODE) or Clamp.inject(guest, _FEATURES, _MODE)
         self._rows = self._snapshot_rows()
         self.overlay: Overlay | None = None
@@ -274,7 +264,7 @@ class Pager:
             pieces.append(np.column_stack((low[inside], high[inside] - low[inside])))
         return np.ascontiguousarray(np.concatenate(pieces))
 
-    def claims(self, pages: PageSet, most: int = _BATCH) -> Iterator[NDArray[np.int64]]:
+    def claims(self, pages: PageSet, most: int = BATCH) -> Iterator[NDArray[np.int64]]:
         """Claim ``pages``, ``most`` at a time; those that somebody else is busy with are passed over."""
         numbers = pages.numbers()
         for at in range(0, numbers.size, most):
@@ -300,6 +290,20 @@ class Pager:
         """Free the memory of runs in the guest's file."""
         self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
 
+    def read(self, runs: Runs, content: NDArray[np.uint8]) -> None:
+        """Read runs that are in the guest's file.
+
+        :raise KernelError: the kernel refused.
+        """
+        self._ask("pread", batches.read(self._regions, runs, content))
+
+    def place(self, runs: Runs, content: NDArray[np.uint8]) -> None:
+        """Enter pages that are absent; what is present already stays.
+
+        :raise KernelError: the kernel refused.
+        """
+        self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
+
     def runs_of(self, numbers: NDArray[np.int64]) -> Runs:
         """Runs of page numbers, none across an edge of regions."""
         return self._split(PageSet.from_numbers(self.guest.pages, numbers).runs())
@@ -313,138 +317,7 @@ class Pager:
         :raise StoreFullError: there is no room; what has not gone is where it was.
         :raise KernelError: the kernel refused; a page is where it was or where it was going, never neither.
         """
-        store = self._stores[to]
-        candidates = pages & self.residency.pages_at(Where.RESIDENT)
-        if len(candidates) <= _BATCH:
-            return sum(self._evict_batch(claimed, to, store, self._staging) for claimed in self.claims(candidates))
-        return self._evict_side_by_side(candidates, to, store)
-
-    def _evict_side_by_side(self, candidates: PageSet, to: Where, store: Store) -> int:
-        """While one batch is written to the disk the next one is read out of the guest."""
-        stagings = [self._staging, *(shared_array(_BATCH * PAGE_SIZE, np.uint8) for _ in range(_LANES - 1))]
-        flying: deque[tuple[Future[int], NDArray[np.uint8]]] = deque()
-        went = 0
-        with ThreadPoolExecutor(_LANES) as lanes:
-            for claimed in self.claims(candidates):
-                flying.append((lanes.submit(self._evict_batch, claimed, to, store, stagings[-1]), stagings.pop()))
-                if not stagings:
-                    batch, staging = flying.popleft()
-                    # What is still under way is waited for when this one has failed.
-                    went += batch.result()
-                    stagings.append(staging)
-            went += sum(batch.result() for batch, _ in flying)
-        return went
-
-    def _evict_batch(self, claimed: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> int:
-        try:
-            self._put_away(claimed, to, store, staging)
-        finally:
-            self.give_up(claimed)
-        return claimed.size
-
-    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> None:
-        runs = self.runs_of(numbers)
-        content = staging[: numbers.size * PAGE_SIZE]
-        try:
-            self._everywhere("UFFDIO_WRITEPROTECT", runs, 1)
-            self._ask("pread", batches.read(self._regions, runs, content))
-            zero = zero_pages(content)
-            on_disk, blocks = self._look_up(numbers, content, zero)
-            gone = zero | on_disk
-            kept = content.reshape(-1, PAGE_SIZE)[~gone].reshape(-1) if gone.any() else content
-            locators = store.put(kept)
-        except BaseException:
-            self._forget_known(numbers)
-            self._everywhere("UFFDIO_WRITEPROTECT", runs, 0)
-            raise
-        self.residency.went(numbers[~gone], to, locators)
-        self.residency.went(numbers[on_disk], Where.DISK, blocks)
-        self.residency.where[numbers[zero]] = Where.ZERO
-        self._forget_known(numbers)
-        with self._counting:
-            self._evicted += numbers.size
-            self._zeros += int(np.count_nonzero(zero))
-        self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
-
-    def _look_up(
-        self, numbers: NDArray[np.int64], content: NDArray[np.uint8], zero: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
-        """Which of the pages a disk holds, and the locators of these; their digests are noted."""
-        if self._on_disk is None:
-            return np.zeros(numbers.size, dtype=np.bool_), np.empty(0, dtype=np.uint64)
-        digests = page_digests(content)
-        image, block = self._on_disk.finder.find(content, digests, zero)
-        found = image != disk.NONE
-        self._on_disk.digests[numbers[found]] = digests[found]
-        return found, disk.locators(image[found], block[found])
-
-    def _forget_known(self, numbers: NDArray[np.int64]) -> None:
-        if self._on_disk is not None:
-            self._on_disk.known[numbers] = 0
-
-    def learn(self, pages: PageSet) -> int:
-        """Find those of ``pages`` that are resident on the guest's disks, and know them until they are written to.
-
-        The first write to such a page takes a fault. What is known can be replaced when its memory fails.
-
-        :return: how many are known now.
-        :raise KernelError: the kernel refused.
-        """
-        if self._on_disk is None:
-            return 0
-        for numbers in self.claims(pages & self.residency.pages_at(Where.RESIDENT)):
-            runs = self.runs_of(numbers)
-            content = self._staging[: numbers.size * PAGE_SIZE]
-            try:
-                self._everywhere("UFFDIO_WRITEPROTECT", runs, 1)
-                self._ask("pread", batches.read(self._regions, runs, content))
-                found, blocks = self._look_up(numbers, content, zero_pages(content))
-                self.residency.locator[numbers[found]] = blocks
-                self._on_disk.known[numbers] = found
-                others = self.runs_of(numbers[~found])
-                self._everywhere("UFFDIO_WRITEPROTECT", others, 0)
-            finally:
-                batches.release(self._claimed, numbers)
-                self._everywhere("UFFDIO_WAKE", runs)
-        return int(np.count_nonzero(self._on_disk.known))
-
-    def replace(self, page: int) -> None:
-        """Put a page whose memory has failed back, as a disk holds it; the guest runs meanwhile.
-
-        :raise RefusedError: ``not-on-disk``: no disk is known to hold what the page held last; it is as it was.
-        :raise DamagedPageError: the disk holds it no longer.
-        :raise KernelError: the kernel refused.
-        """
-        if not 0 <= page < self.guest.pages:
-            raise RefusedError("no-such-page", f"{self.guest.name} has pages 0 to {self.guest.pages - 1}, not {page}")
-        number = np.array([page], dtype=np.int64)
-        while not batches.claim(self._claimed, number, np.empty(1, dtype=np.bool_)):
-            time.sleep(0.0001)
-        runs = self.runs_of(number)
-        try:
-            if self._on_disk is None or not self._on_disk.known[page] or self.residency.where[page] != Where.RESIDENT:
-                raise RefusedError(
-                    "not-on-disk",
-                    f"page {page} of {self.guest.name} is not known to lie on any of its disks as it was last: it was "
-                    "written since, or no disk ever held it; what it held is lost",
-                )
-            content = self._staging[:PAGE_SIZE]
-            digest = self._on_disk.digests[number]
-            self._on_disk.store.fetch(self.residency.locator[number], digest, content)
-            self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
-            # A mark of the failure in the page table outlives the page.
-            self._unmap(page)
-            self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
-            self._on_disk.known[page] = 0
-        finally:
-            batches.release(self._claimed, number)
-            self._everywhere("UFFDIO_WAKE", runs)
-
-    def _unmap(self, page: int) -> None:
-        row = self._regions[batches.row_of(self._regions, page)]
-        address = int(row[2] + (page - row[0]) * PAGE_SIZE)
-        with ptrace.Stopped(self.guest.pid, self.guest.emulator_thread()) as target:
-            target.syscall("madvise(DONTNEED)", _SYS_MADVISE, address, PAGE_SIZE, mmap.MADV_DONTNEED)
+        return self._eviction.evict(pages, to, self._stores[to])
 
     def _kinds(self) -> list[Where]:
         """Where pages may be that can be brought back."""
@@ -486,7 +359,7 @@ class Pager:
         content = self._staging[: numbers.size * PAGE_SIZE]
         self._read(numbers, at, content)
         runs = self.runs_of(numbers)
-        self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
+        self.place(runs, content)
         self.residency.returned(numbers)
         if at is not Where.DISK:
             self._stores[at].drop(self.residency.locator[numbers])
@@ -592,8 +465,8 @@ class Pager:
             disk=counts[Where.DISK],
             snapshot=counts[Where.SNAPSHOT],
             shared=counts[Where.SHARED],
-            evicted=self._evicted,
-            zeros=self._zeros,
+            evicted=self._eviction.evicted,
+            zeros=self._eviction.zeros,
             fetched=self._fetched,
             faults=self._faults.statistics(),
         )

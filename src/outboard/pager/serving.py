@@ -32,8 +32,6 @@ Sources: userfaultfd(2), ioctl_userfaultfd(2), Linux Documentation/admin-guide/m
 from __future__ import annotations
 
 import errno
-from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
@@ -52,7 +50,8 @@ from outboard.linux.userfaultfd import (
 )
 from outboard.pager.batches import row_of
 from outboard.pager.latency import record
-from outboard.pager.saving import SAVING, Saving, is_pending, must_save, save, save_from_file, save_zeros
+from outboard.pager.saving import is_pending, must_save, save, save_from_file, save_zeros
+from outboard.pager.table import DESK, LENDER, REGIONS, TABLE, Count, Desk, Reason, State, Table
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digest
 from outboard.pages.residency import Where
@@ -71,50 +70,6 @@ MOST_SPACES = 8
 """The guest's address space, and those of children that it has forked."""
 
 
-class Reason(IntEnum):
-    """Why :func:`serve` came back; ``State`` has the details."""
-
-    COMMAND = 0
-    EVENT = 1
-    """The address space changes: kind, first, second, third, and whose."""
-    GONE = 2
-    """An address space has ended: whose."""
-    DAMAGED = 3
-    """A page was poisoned: its number."""
-    FAILED = 4
-    """A request failed: errno, page."""
-
-
-class State(IntEnum):
-    """Words that :func:`serve` keeps between two calls."""
-
-    AT = 0
-    COUNT = 1
-    SPACE = 2
-    RETRIES = 3
-    DETAIL = 4
-    """Five words."""
-    SIZE = 9
-
-
-class Count(IntEnum):
-    """Counters of faults, by how they were answered."""
-
-    POOL = 0
-    FILE = 1
-    ZERO = 2
-    MINOR = 3
-    WP = 4
-    LEFT = 5
-    """Left to whoever had claimed the page."""
-    RACED = 6
-    AGAIN = 7
-    DAMAGED = 8
-    DISK = 9
-    SNAPSHOT = 10
-    SIZE = 11
-
-
 _PAGEFAULT, _UNMAP = int(EventKind.PAGEFAULT), int(EventKind.UNMAP)
 _WP_FAULT, _MINOR_FAULT = int(FaultFlag.WP), int(FaultFlag.MINOR)
 _COPY, _ZEROPAGE, _CONTINUE = UFFDIO_COPY.number, UFFDIO_ZEROPAGE.number, UFFDIO_CONTINUE.number
@@ -123,7 +78,6 @@ _SHARED = int(Where.SHARED)
 _PEER, _RESIDENT, _POOL, _FILE = int(Where.PEER), int(Where.RESIDENT), int(Where.POOL), int(Where.FILE)
 _DISK, _BLOCK = int(Where.DISK), np.uint64((1 << IMAGE_SHIFT) - 1)
 _SNAPSHOT, _SLOTS = int(Where.SNAPSHOT), (1 << SLOT_BITS) - 1
-LENDER = _LENDER = int(max(Where)) + 1
 _DONT_WAKE = 2
 """UFFDIO_WRITEPROTECT_MODE_DONTWAKE."""
 _EEXIST, _EAGAIN, _ENOENT, _ESRCH = errno.EEXIST, errno.EAGAIN, errno.ENOENT, errno.ESRCH
@@ -137,59 +91,10 @@ _C_DISK, _C_SNAPSHOT = int(Count.DISK), int(Count.SNAPSHOT)
 _R_COMMAND, _R_EVENT, _R_GONE, _R_DAMAGED, _R_FAILED = (int(one) for one in Reason)
 
 
-class Table(NamedTuple):
-    """What a fault is looked up in; all of it live.
-
-    ``regions`` (int64, five a row) as in :mod:`outboard.pager.batches`. ``files``: the descriptor of each store, by
-    ``Where``, and at ``LENDER`` that of who lends units to the swap file. ``file_lent``: for each unit of the swap
-    file, the unit of the lender that stands for it, plus 2; below that it is its own. ``images``: the descriptors of
-    disk images, by number; ``disk_digests`` and ``known`` by page, the latter 1 while nobody has written to a page that
-    a disk is known to hold. ``rows`` and ``unpacking``: the snapshot that the guest was restored from. ``saving``: the
-    image that is being taken.
-    """
-
-    regions: NDArray[np.int64]
-    where: NDArray[np.uint8]
-    locator: NDArray[np.uint64]
-    claimed: NDArray[np.uint8]
-    files: NDArray[np.int32]
-    pool_taken: NDArray[np.uint8]
-    pool_digests: NDArray[np.uint64]
-    file_taken: NDArray[np.uint8]
-    file_digests: NDArray[np.uint64]
-    file_lent: NDArray[np.int64]
-    images: NDArray[np.int32]
-    disk_digests: NDArray[np.uint64]
-    known: NDArray[np.uint8]
-    rows: snapshot.Rows
-    unpacking: snapshot.Desk
-    saving: Saving
+_I4, _I8 = types.int32[::1], types.int64[::1]
 
 
-class Desk(NamedTuple):
-    """What serving works with and keeps between two calls; ``counts`` and ``histogram`` are read by others."""
-
-    messages: NDArray[np.uint64]
-    polled: NDArray[np.uint64]
-    retries: NDArray[np.int64]
-    staging: NDArray[np.uint8]
-    room: NDArray[np.int64]
-    state: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    histogram: NDArray[np.uint64]
-
-
-_REGIONS = types.int64[:, ::1]
-_I4, _I8, _U1, _U8 = types.int32[::1], types.int64[::1], types.uint8[::1], types.uint64[::1]
-_TABLE = types.NamedTuple(  # type: ignore[no-untyped-call]
-    (_REGIONS, _U1, _U8, _U1, _I4, _U1, _U8, _U1, _U8, _I8, _I4, _U8, _U1, snapshot.ROWS, snapshot.DESK, SAVING), Table
-)
-_DESK = types.NamedTuple(  # type: ignore[no-untyped-call]
-    (_U8, _U8, types.int64[:, ::1], _U1, _I8, _I8, _I8, _U8), Desk
-)
-
-
-@njit(types.int64(_REGIONS, types.int64), cache=True, nogil=True)
+@njit(types.int64(REGIONS, types.int64), cache=True, nogil=True)
 def page_of(regions: NDArray[np.int64], address: int) -> int:
     """The page at an address; -1 where the guest has none. ``regions``: first page, pages, HVA, each a row."""
     for row in range(regions.shape[0]):
@@ -226,7 +131,7 @@ def _unprotect(uffd: int, room: NDArray[np.int64], hva: int, mode: int) -> int:
     return native.ioctl(uffd, _PROTECT, room.ctypes.data)
 
 
-@njit(types.int64(types.int32, _I8, types.int64, _DESK), cache=True, nogil=True)
+@njit(types.int64(types.int32, _I8, types.int64, DESK), cache=True, nogil=True)
 def _poison(uffd: int, room: NDArray[np.int64], hva: int, desk: Desk) -> int:
     # Punching leaves the mark of the protection in the page table, and a mark is not poisoned.
     _unprotect(uffd, room, hva, _DONT_WAKE)
@@ -235,7 +140,7 @@ def _poison(uffd: int, room: NDArray[np.int64], hva: int, desk: Desk) -> int:
     return _DAMAGED
 
 
-@njit(types.int64(types.int32, _I8, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+@njit(types.int64(types.int32, _I8, types.int64, types.int64, TABLE, DESK), cache=True, nogil=True)
 def _from_disk(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: Table, desk: Desk) -> int:
     image = np.int64(table.locator[page] >> np.uint64(IMAGE_SHIFT))
     offset = int(np.int64(table.locator[page] & _BLOCK)) * PAGE_SIZE
@@ -252,7 +157,7 @@ def _from_disk(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: T
     return answer
 
 
-@njit(types.int64(types.int32, _I8, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+@njit(types.int64(types.int32, _I8, types.int64, types.int64, TABLE, DESK), cache=True, nogil=True)
 def _from_store(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: Table, desk: Desk) -> int:
     at, slot = table.where[page], int(np.int64(table.locator[page]))
     taken, digests = (table.pool_taken, table.pool_digests) if at == _POOL else (table.file_taken, table.file_digests)
@@ -261,7 +166,7 @@ def _from_store(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: 
     if at == _FILE and table.file_lent.size:
         lent = table.file_lent[slot // UNIT_PAGES]
         if lent >= 2:
-            file, place = table.files[_LENDER], (lent - 2) * UNIT_PAGES + slot % UNIT_PAGES
+            file, place = table.files[LENDER], (lent - 2) * UNIT_PAGES + slot % UNIT_PAGES
     got = native.pread(file, source, PAGE_SIZE, place * PAGE_SIZE)
     if got != PAGE_SIZE or (digests.size and page_digest(source) != digests[slot]):
         return _poison(uffd, room, hva, desk)
@@ -275,7 +180,7 @@ def _from_store(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: 
     return answer
 
 
-@njit(types.int64(types.int32, _I8, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+@njit(types.int64(types.int32, _I8, types.int64, types.int64, TABLE, DESK), cache=True, nogil=True)
 def _from_snapshot(uffd: int, room: NDArray[np.int64], hva: int, page: int, table: Table, desk: Desk) -> int:
     unpacking, locator = table.unpacking, int(np.int64(table.locator[page]))
     row, at = locator >> SLOT_BITS, (locator & _SLOTS) * PAGE_SIZE
@@ -292,7 +197,7 @@ def _from_snapshot(uffd: int, room: NDArray[np.int64], hva: int, page: int, tabl
     return answer
 
 
-@njit(types.boolean(types.int64, types.int64, types.int64, _TABLE), cache=True, nogil=True)
+@njit(types.boolean(types.int64, types.int64, types.int64, TABLE), cache=True, nogil=True)
 def _comes_along(page: int, row: int, slot: int, table: Table) -> bool:
     """Claim a page that is still in a chunk which is unpacked."""
     if page < 0 or table.where[page] != _SNAPSHOT or table.locator[page] != np.uint64(row << SLOT_BITS | slot):
@@ -305,7 +210,7 @@ def _comes_along(page: int, row: int, slot: int, table: Table) -> bool:
     return True
 
 
-@njit(types.void(types.int32, _TABLE, _DESK), cache=True, nogil=True)
+@njit(types.void(types.int32, TABLE, DESK), cache=True, nogil=True)
 def _bring_along(uffd: int, table: Table, desk: Desk) -> None:
     """Enter the other pages of the chunk that was unpacked for a fault, in as few calls as their places allow.
 
@@ -341,7 +246,7 @@ def _bring_along(uffd: int, table: Table, desk: Desk) -> None:
         slot += count
 
 
-@njit(types.void(types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+@njit(types.void(types.int64, types.int64, TABLE, DESK), cache=True, nogil=True)
 def _save(page: int, flags: int, table: Table, desk: Desk) -> None:
     """Save a pending page before its fault is answered; one that comes from a store is saved on the way."""
     if table.where[page] < _POOL:
@@ -351,7 +256,7 @@ def _save(page: int, flags: int, table: Table, desk: Desk) -> None:
             save_zeros(table.saving, page)
 
 
-@njit(types.int64(types.int32, types.int64, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+@njit(types.int64(types.int32, types.int64, types.int64, types.int64, TABLE, DESK), cache=True, nogil=True)
 def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk) -> int:
     """Answer one fault; 0, or a negated errno, or _DAMAGED."""
     counts, room, where = desk.counts, desk.room, table.where
@@ -397,7 +302,7 @@ def _answer(uffd: int, hva: int, page: int, flags: int, table: Table, desk: Desk
     return result
 
 
-@njit(types.int64(_I4, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+@njit(types.int64(_I4, types.int64, types.int64, TABLE, DESK), cache=True, nogil=True)
 def _work_off(uffds: NDArray[np.int32], space: int, address: int, table: Table, desk: Desk) -> int:
     """Answer the fault at ``address``, whose flags are in ``state[DETAIL]``; its time goes into the histogram."""
     page = page_of(table.regions, address)
@@ -424,7 +329,7 @@ def _work_off(uffds: NDArray[np.int32], space: int, address: int, table: Table, 
     return result
 
 
-@njit(types.int64(_I4, _TABLE, _DESK), cache=True, nogil=True)
+@njit(types.int64(_I4, TABLE, DESK), cache=True, nogil=True)
 def _messages(uffds: NDArray[np.int32], table: Table, desk: Desk) -> int:
     """Work off the messages that were read, and those kept from before; -1, or a Reason to come back."""
     state = desk.state
@@ -463,7 +368,7 @@ def _messages(uffds: NDArray[np.int32], table: Table, desk: Desk) -> int:
     return -1
 
 
-@njit(types.int64(_I4, types.int64, types.int64, _TABLE, _DESK), cache=True, nogil=True)
+@njit(types.int64(_I4, types.int64, types.int64, TABLE, DESK), cache=True, nogil=True)
 def serve(uffds: NDArray[np.int32], spaces: int, spin_ns: int, table: Table, desk: Desk) -> int:
     """Serve faults until something else is to be done; a :class:`Reason`.
 
