@@ -256,6 +256,8 @@ class Pager:
 
     def _split(self, runs: Runs) -> Runs:
         """Cut runs at the edges of regions."""
+        if len(self._regions) == 1:
+            return np.ascontiguousarray(runs)
         pieces = []
         for first, count in self._regions[:, :2].tolist():
             low = np.maximum(runs[:, 0], first)
@@ -305,8 +307,13 @@ class Pager:
         self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
 
     def runs_of(self, numbers: NDArray[np.int64]) -> Runs:
-        """Runs of page numbers, none across an edge of regions."""
-        return self._split(PageSet.from_numbers(self.guest.pages, numbers).runs())
+        """Runs of page numbers, which ascend; none across an edge of regions."""
+        if not numbers.size:
+            return np.empty((0, 2), dtype=np.int64)
+        edges = np.flatnonzero(np.diff(numbers) != 1) + 1
+        begins = np.concatenate((np.zeros(1, dtype=np.int64), edges))
+        counts = np.diff(np.concatenate((begins, np.array([numbers.size], dtype=np.int64))))
+        return self._split(np.column_stack((numbers[begins], counts)))
 
     def evict(self, pages: PageSet, to: Where) -> int:
         """Move those of ``pages`` that are resident into a store, while the guest runs; how many went.

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numba import njit, types
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError, StoreFullError
@@ -163,16 +164,17 @@ class SwapStore(FileStore):
         if not wanted:
             return
         rows = self.taken.reshape(-1, UNIT_PAGES)
-        free = UNIT_PAGES - np.count_nonzero(rows, axis=1)
-        units = np.flatnonzero((self.lent > 0) & (free >= least))
-        for unit in np.roll(units, -int(np.searchsorted(units, self._hand))).tolist():
+        unit, seen = self._hand, 0
+        while wanted:
+            unit, seen = _next_unit(rows, self.lent, unit, seen, least)
+            if unit < 0:
+                return
             slots = np.flatnonzero(rows[unit] == 0)[:wanted]
             rows[unit, slots] = 1
             wanted -= slots.size
             self._hand = unit
             yield (slots + unit * UNIT_PAGES).astype(np.uint64)
-            if not wanted:
-                return
+            unit, seen = (unit + 1) % self.lent.size, seen + 1
 
     def _runs(self, file: SwapFile, slots: NDArray[np.uint64]) -> Iterator[tuple[int, int, int, int]]:
         """Slots that lie one behind the other: which file, the offset, the index of the first, and behind the last."""
@@ -268,3 +270,27 @@ class SwapStore(FileStore):
             self._file = None
             del self.taken, self.digests, self.lent
             self._reservation.close()
+
+
+@njit(
+    types.UniTuple(types.int64, 2)(  # type: ignore[no-untyped-call]
+        types.uint8[:, ::1], types.int64[::1], types.int64, types.int64, types.int64
+    ),
+    cache=True,
+    nogil=True,
+)
+def _next_unit(taken: NDArray[np.uint8], lent: NDArray[np.int64], unit: int, seen: int, least: int) -> tuple[int, int]:
+    """The next unit from ``unit`` on, around, that may be written to and has ``least`` free slots; -1: there is none.
+
+    :param seen: how many were looked at before; and, returned, are now.
+    """
+    while seen < lent.size:
+        if lent[unit] > 0:
+            free = 0
+            for slot in range(taken.shape[1]):
+                free += taken[unit, slot] == 0
+            if free >= least:
+                return unit, seen
+        unit = (unit + 1) % lent.size
+        seen += 1
+    return -1, seen
