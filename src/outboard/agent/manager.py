@@ -331,7 +331,7 @@ class Manager:
         except OutboardError as error:
             _send(client, Failed(why=str(error), exit_code=error.exit_code))
             return
-        self._snapshotting = Snapshotting(self._vm, self._pager, self._directory, order, client)
+        self._snapshotting = Snapshotting(self._vm, self._pager, self._disks, self._directory, order, client)
 
     def _tell_of_snapshot(self) -> bool:
         """Whether to go on."""

@@ -19,6 +19,7 @@ import structlog
 from outboard.agent.orders import Failed, Snapped, Snapshot
 from outboard.errors import OutboardError
 from outboard.linux import sched
+from outboard.pager.on_disk import OnDisk
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
 from outboard.snapshot import catalog
@@ -54,9 +55,11 @@ class Snapshotting:
     Synchronization: a thread of its own takes it; all else in the engine's.
     """
 
-    def __init__(self, vm: Vm, pager: Pager, directory: Path, order: Snapshot, client: Connection) -> None:
+    def __init__(
+        self, vm: Vm, pager: Pager, on_disk: OnDisk | None, directory: Path, order: Snapshot, client: Connection
+    ) -> None:
         self.client, self.order = client, order
-        self._vm, self._pager, self._directory = vm, pager, directory
+        self._vm, self._pager, self._on_disk, self._directory = vm, pager, on_disk, directory
         self.outcome: Snapped | Failed | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -87,6 +90,7 @@ class Snapshotting:
                 vm.snapshots,
                 self._directory,
                 parent=parent,
+                on_disk=self._on_disk,
                 describe=lambda spec: vm.registry.describe(vm.name, spec.to_toml()),
                 paused=_marker(self._directory),
             ).take()

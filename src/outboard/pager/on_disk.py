@@ -142,6 +142,13 @@ class OnDisk:
         if self._building.is_alive():
             self._building.join()
 
+    def path_of(self, image: int) -> Path:
+        """Where the image of a number is, in which something has been found."""
+        file = self._files[image]
+        if file is None:
+            raise ValueError(f"image {image} is open no more")
+        return file.path
+
     def look_up(
         self, numbers: NDArray[np.int64], content: NDArray[np.uint8], zero: NDArray[np.bool_]
     ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:

@@ -25,11 +25,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from outboard.errors import KernelError, OutboardError, RefusedError
 from outboard.linux import sched
 from outboard.pager.capture import Capture
+from outboard.pager.on_disk import OnDisk
 from outboard.pager.pager import Pager
+from outboard.pages import PAGE_SIZE
+from outboard.pages.content import page_digests
 from outboard.snapshot.writing import SnapshotWriter
+from outboard.stores import disk
 from outboard.stores.snapshot_format import Contents, Meta, Parent
 from outboard.vmm import disks
 from outboard.vmm.device_state import Departure, runs
@@ -70,7 +77,7 @@ def _spill(directory: Path) -> Iterator[int]:
 class Live:
     """One snapshot of ``guest``, whose memory ``pager`` has.
 
-    :param directory: of the snapshots; :param parent: what it goes on from.
+    :param directory: of the snapshots; :param parent: what it goes on from. :param on_disk: what its disks hold.
     :param scratch: a directory of this snapshot's own, readable by root alone.
     :param spec: what the VM is described by; :param describe: keeps another description of it.
     :param paused: called before the guest stops, with whether it runs, and when it is as it was, with None.
@@ -87,11 +94,13 @@ class Live:
         scratch: Path,
         *,
         parent: Contents | None,
+        on_disk: OnDisk | None,
         describe: Callable[[VmSpec], None],
         paused: Callable[[bool | None], None],
     ) -> None:
         self._guest, self._pager, self._spec = guest, pager, spec
         self._directory, self._scratch, self._parent = directory, scratch, parent
+        self._on_disk = on_disk
         self._describe, self._paused = describe, paused
         self._layout = [(region.first, region.pages, region.gpa) for region in guest.regions]
 
@@ -119,7 +128,7 @@ class Live:
                 # QEMU's main loop and this thread are what the guest stands still for.
                 with sched.favoured([self._guest.emulator_thread(), threading.get_native_id()]):
                     devices, pause_ms = self._pause(capture, running)
-                by_faults = _save(capture, writer)
+                by_faults = save(capture, writer, self._on_disk)
             finally:
                 self._pager.end_capture(capture)
             parent = self._parent
@@ -177,21 +186,35 @@ class Live:
         return bytes(state), (resumed - stopped) * 1e3
 
 
-def _save(capture: Capture, writer: SnapshotWriter) -> int:
-    """Save every page; how many the guest was in a hurry for."""
+def save(capture: Capture, writer: SnapshotWriter, on_disk: OnDisk | None) -> int:
+    """Save every page, those that a disk holds as references; how many the guest was in a hurry for."""
     by_faults = 0
+
+    def add(numbers: NDArray[np.int64], content: NDArray[np.uint8], zero: NDArray[np.bool_], *, hot: bool) -> None:
+        if on_disk is not None:
+            image, block = on_disk.finder.find(content, page_digests(content), zero)
+            pages = content.reshape(-1, PAGE_SIZE)
+            for held in np.setdiff1d(image, disk.NONE).tolist():
+                there = image == held
+                offsets = block[there].astype(np.int64) * PAGE_SIZE
+                writer.refer(numbers[there], pages[there].reshape(-1), on_disk.path_of(held), offsets)
+            rest = image == disk.NONE
+            if not rest.all():
+                numbers, content, zero = numbers[rest], pages[rest].reshape(-1), zero[rest]
+        if numbers.size:
+            writer.add(numbers, content, zero, hot=hot)
 
     def hurried() -> int:
         count = 0
         for numbers, content, zero in capture.from_faults():
-            writer.add(numbers, content, zero, hot=True)
+            add(numbers, content, zero, hot=True)
             count += numbers.size
         return count
 
     while not capture.complete:
         by_faults += hurried()
         for numbers, content, zero in capture.sweep():
-            writer.add(numbers, content, zero)
+            add(numbers, content, zero, hot=False)
             # What waits in memory goes first, so that there is room for more.
             by_faults += hurried()
     return by_faults
