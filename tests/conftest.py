@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -44,6 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name != "vm")
     for item in items:
         item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_kept_open() -> Iterator[None]:
+    """Arrays over files keep a descriptor each until they are collected, and select(2) knows no more than 1,024."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

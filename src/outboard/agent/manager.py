@@ -457,6 +457,7 @@ class Manager:
             store.close()
         if self._disks is not None:
             self._disks.close()
+        os.close(self._process)
 
     def _forget(self) -> None:
         """The guest is nobody's any more: leave nothing behind."""

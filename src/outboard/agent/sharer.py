@@ -122,9 +122,9 @@ class Sharer:
             case Unshare():
                 return self._unshare(order)
             case DropZeros():
-                if self._pager.overlay is None:
-                    raise RefusedError("sharing", f"{self._pager.guest.name} shares nothing yet")
-                return self._pager.overlay.drop_zeros(self._set(order.runs))
+                # Until something is shared there is no overlay; the next round names them again.
+                overlay = self._pager.overlay
+                return 0 if overlay is None else overlay.drop_zeros(self._set(order.runs))
             case Tidy():
                 overlay = self._pager.overlay
                 return 0 if overlay is None else overlay.unshare(overlay.copied())

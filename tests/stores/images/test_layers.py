@@ -220,12 +220,16 @@ def test_no_image_of_noise_does_anything_but_be_refused(tmp_path: Path) -> None:
         path.write_bytes(spoilt)
         try:
             layers = open_layers(Disk(str(path)), 0)
+        except OutboardError:
+            continue
+        try:
             read_disk(layers, 0, MIB)
             layers[0].extents()
-            close_layers(layers)
             fine += 1
         except OutboardError:
             continue
+        finally:
+            close_layers(layers)
     assert 0 < fine < 400
 
 
