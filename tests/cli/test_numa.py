@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from outboard.cli import outboard
 from outboard.errors import SpecError, UsageError
+from outboard.numa.policies import POLICIES
 
 TWO = Path(__file__).parents[1] / "numa" / "topologies" / "cxl.json"
 
@@ -45,3 +46,10 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         run("topology", "--size", "4")
     with pytest.raises(SpecError, match="cannot read the topology"):
         run("topology", "--from", str(tmp_path / "none"))
+
+
+def test_policies_say_when_to_use_them() -> None:
+    told = [json.loads(line) for line in run("policies", "-o", "json").splitlines()]
+    assert [one["name"] for one in told] == list(POLICIES)
+    assert all(one["use"].endswith(".") for one in told)
+    assert "hottest-first" in run("policies")

@@ -11,6 +11,7 @@ import numpy as np
 from outboard.agent.config import state_dir
 from outboard.cli.output import output_option, print_json, print_table
 from outboard.errors import OutboardError, UsageError
+from outboard.numa import policies as moves
 from outboard.numa.topology import Topology, keep, load, read_topology, with_kept
 
 _LEAST, _MOST = 1, 1 << 16
@@ -103,3 +104,14 @@ def topology(measure: bool, size: int | None, source: Path | None, output: str) 
         print_json(found)
     else:
         _tell(found)
+
+
+@numa.command(name="policies", epilog="Example: outboard numa policies")
+@output_option("table", "json")
+def list_policies(output: str) -> None:
+    """The orders in which memory can follow its vCPUs, and when to use each."""
+    if output == "json":
+        for policy in moves.POLICIES.values():
+            print_json(policy)
+    else:
+        print_table(["POLICY", "USE IT"], [[policy.name, policy.use] for policy in moves.POLICIES.values()], empty="")
