@@ -34,6 +34,11 @@ def test_a_chase_visits_every_line_once() -> None:
     buffer.close()
 
 
+def test_more_memory_than_there_is_is_refused() -> None:
+    with pytest.raises(OutboardError, match="no 1152921504606846976 bytes"):
+        measuring.measure(read_topology(), np.random.default_rng(), 1 << 60)
+
+
 def test_a_processor_that_is_not_there_is_named() -> None:
     topology = read_topology()
     more = msgspec.structs.replace(topology.processors[0], number=9999)

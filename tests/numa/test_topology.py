@@ -71,6 +71,9 @@ def test_this_machine_is_read_and_kept(tmp_path: Path) -> None:
     assert topology.with_kept(found, path) == found
     topology.keep(measured, path)
     assert topology.with_kept(found, path) == measured
+    (tmp_path / "damaged.json").write_text("{")
+    with pytest.raises(SpecError, match="--measure makes it anew"):
+        topology.with_kept(found, tmp_path / "damaged.json")
     other = msgspec.structs.replace(found, caches=[*found.caches, topology.Cache(99, 4, 1)])
     assert topology.with_kept(other, path) == other, "what was measured elsewhere does not hold here"
 

@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgspec
 import numpy as np
@@ -59,9 +59,13 @@ class _Buffer:
     """Anonymous memory of one node, a cycle through its cache lines in it."""
 
     def __init__(self, node: int, size: int, random: np.random.Generator, *, bound: bool) -> None:
-        self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Small pages would add a walk of the page table to each access.
-        self._map.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise OutboardError(f"cannot measure: no {size} bytes of memory to be had: {error.strerror}") from error
+        # Small pages add a walk of the page table to each access; a kernel may know no others.
+        with suppress(OSError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.words = np.frombuffer(self._map, dtype=np.int64)
         address = self.words.ctypes.data
         if bound:

@@ -193,5 +193,8 @@ def with_kept(topology: Topology, path: Path) -> Topology:
     """
     if not path.exists():
         return topology
-    kept = load(path)
+    try:
+        kept = load(path)
+    except SpecError as error:
+        raise SpecError(f"{error}; outboard numa topology --measure makes it anew") from error
     return msgspec.structs.replace(topology, latencies=kept.latencies) if kept.same_machine(topology) else topology
