@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outboard.numa.moving import Limits, Mover
-from outboard.numa.policies import ABSENT, POLICIES, Memory, local_share, worth_breaking
+from outboard.numa.policies import ABSENT, POLICIES, Memory, Policy, local_share, worth_breaking
 
 
 def memory_of(heat: list[float], node: list[int], writes: list[float] | None = None) -> Memory:
@@ -48,6 +48,14 @@ def test_urgent_ones_go_before_all_others() -> None:
 def test_the_written_go_before_the_read() -> None:
     writes = [0.0, 5.0, 1.0, 0.0, 0.0, 0.0, 9.0]
     assert run("writes-first", memory_of(HEAT, NODE, writes)) == [1, 2, 4, 3, 0]
+
+
+def test_the_hot_set_goes_before_what_is_written_but_cold() -> None:
+    policy = Policy("both", "", "writes", hot=0.9, tail="stay")
+    memory = memory_of([50.0, 2.0, 45.0, 3.0], [0, 0, 0, 0], [0.0, 2.0, 1.0, 3.0])
+    mover = Mover(policy, 1, Limits(batch=1), 9)
+    mover.plan(memory)
+    assert moved(mover) == [2, 0]
 
 
 def test_the_tail_waits_for_its_rate() -> None:

@@ -97,13 +97,14 @@ class _Slots(NamedTuple):
 class Model:
     """The model above, of one host under one load.
 
+    :param others: vCPUs that share the caches and are not among those asked about; ``load`` has what they run on.
     :raise UsageError: ``load`` does not fit the host.
 
     Synchronization: none; nothing changes after it is made.
     """
 
-    def __init__(self, topology: Topology, load: Load) -> None:
-        self.topology, self.load = topology, load
+    def __init__(self, topology: Topology, load: Load, others: int = 0) -> None:
+        self.topology, self.load, self.others = topology, load, others
         bandwidth = np.array(load.bandwidth or [0.0] * len(topology.nodes))
         if bandwidth.shape != (len(topology.nodes),) or not ((bandwidth >= 0) & (bandwidth <= 1)).all():
             raise UsageError(
@@ -138,7 +139,7 @@ class Model:
         total = sets.sum(axis=1)
         # Of one whose working set is not known, memory is taken to be everywhere alike.
         shares = np.where(total[:, None] > 0, sets / np.maximum(total, 1)[:, None], 1 / sets.shape[1])
-        tenants = max(1.0, len(vcpus) / max(1, len(self.topology.caches)))
+        tenants = max(1.0, (len(vcpus) + self.others) / max(1, len(self.topology.caches)))
         miss = 1 - self._room[None, :] / tenants / np.maximum(total, 1)[:, None]
         miss = np.clip(miss, MISS_FLOOR, 1)
         return np.asarray(miss * (shares @ self._latency.T) + (1 - miss) * CACHE_NS)
