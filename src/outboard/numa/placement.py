@@ -40,7 +40,7 @@ MISS_FLOOR = 0.02
 SMT, QUEUE = 0.4, 2.0
 EXACT = 256
 """vCPUs; beyond, an auction takes less time."""
-BOUND = 0.03
+BOUND = 0.05
 _STAY_NS = 0.5
 """What a processor must be better by, so that a vCPU does not move for nothing."""
 
