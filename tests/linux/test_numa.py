@@ -34,3 +34,15 @@ def test_a_thread_runs_on_a_node() -> None:
         numa.node_of_thread(2**22 + 1, 1)
     with pytest.raises(KernelError, match="move_pages"):
         numa.nodes_of_pages(2**22 + 1, np.array([0], dtype=np.int64))
+
+
+def test_memory_is_bound_to_a_node_and_not_to_one_that_is_not_there() -> None:
+    with mmap.mmap(-1, 2 * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        view = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(view)
+        numa.bind(address, 2 * mmap.PAGESIZE, 0)
+        memory[0] = 1
+        assert numa.nodes_of_pages(os.getpid(), np.array([address], dtype=np.int64))[0] == 0
+        with pytest.raises(KernelError, match="mbind of 4096 bytes to node 1000"):
+            numa.bind(address, mmap.PAGESIZE, 1000)
+        del view

@@ -27,6 +27,7 @@ _COMMANDS = {
     "ls": "outboard.cli.attach:ls",
     "migrate": "outboard.cli.migrate:migrate",
     "mrc": "outboard.cli.mrc:mrc",
+    "numa": "outboard.cli.numa:numa",
     "pki": "outboard.cli.pki:pki",
     "reclaim": "outboard.cli.swap:reclaim",
     "recover": "outboard.cli.blocks:recover",

@@ -1,4 +1,4 @@
-"""move_pages(2) and sysfs: on which node memory is, and a thread runs."""
+"""move_pages(2), mbind(2) and sysfs: on which node memory is or shall be, and a thread runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import KernelError
-from outboard.linux.libc import libc
+from outboard.linux.libc import libc, syscall
 
-SYS_move_pages = 279
+SYS_mbind, SYS_move_pages = 237, 279
+MPOL_BIND = 2
 _NODES = Path("/sys/devices/system/node")
 _PROCESSOR = 36
 """Of the fields of /proc/PID/task/TID/stat that follow the name: processor, where it last ran."""
@@ -39,6 +40,21 @@ def nodes_of_pages(pid: int, addresses: NDArray[np.int64]) -> NDArray[np.int32]:
     if libc.syscall(ctypes.c_long(SYS_move_pages), *(ctypes.c_long(one) for one in arguments)) < 0:
         raise KernelError(f"move_pages of process {pid}", ctypes.get_errno())
     return found
+
+
+def bind(address: int, length: int, node: int) -> None:
+    """Have memory of this process, not touched yet, come from one node only.
+
+    :raise KernelError: EINVAL: the node has no memory, or the cpuset does not permit it; ENOSYS: no NUMA.
+    """
+    words = node // 64 + 1
+    mask = (ctypes.c_ulong * words)()
+    mask[node // 64] = 1 << node % 64
+    # The kernel takes one bit less than it is told.
+    syscall(
+        f"mbind of {length} bytes to node {node}",
+        *(SYS_mbind, address, length, MPOL_BIND, ctypes.addressof(mask), words * 64 + 1, 0),
+    )
 
 
 def node_of_thread(pid: int, tid: int) -> int:
