@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import mmap
+import os
 import random
 import shutil
 import signal
@@ -25,6 +29,7 @@ from outboard.stores.file import FileStore
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 from outboard.vmm.listener import Listener
+from tests.support.machine import transparent_huge_pages
 from tests.support.process_guest import guest_of
 from tests.support.requirements import require
 from tests.support.target import Target
@@ -39,8 +44,8 @@ SUM = PAGES * (PAGES - 1) // 2
 class Scene:
     """A target under a pager, with a pool on tmpfs and a swap file on a disk."""
 
-    def __init__(self, directory: Path, shm: Path, room: int = PAGES) -> None:
-        self.target = Target(mebibytes=MIB)
+    def __init__(self, directory: Path, shm: Path, room: int = PAGES, kind: str = "memfd") -> None:
+        self.target = Target(kind, MIB)
         self.guest = guest_of(self.target)
         self.journal = shm
         self.stores = {Where.POOL: FileStore(shm / "pool", room), Where.FILE: FileStore(directory / "swap", room)}
@@ -72,8 +77,8 @@ def make(tmp_path: Path, shm: Path) -> Iterator[Callable[..., Scene]]:
     require("root")
     made: list[Scene] = []
 
-    def scene(room: int = PAGES) -> Scene:
-        made.append(Scene(tmp_path, shm, room))
+    def scene(room: int = PAGES, kind: str = "memfd") -> Scene:
+        made.append(Scene(tmp_path, shm, room, kind))
         return made[-1]
 
     yield scene
@@ -173,6 +178,52 @@ def test_a_full_store_leaves_the_guest_as_it_was(make: Callable[..., Scene]) -> 
     assert scene.pager.evict(some((1, 50)), Where.FILE) == 50
 
 
+@pytest.fixture
+def large(make: Callable[..., Scene]) -> Iterator[Scene]:
+    """A scene whose target has large pages."""
+    with transparent_huge_pages():
+        scene = make(kind="thp")
+        assert scene.guest.memory.populated() == ALL
+        yield scene
+
+
+@contextlib.contextmanager
+def held(scene: Scene, page: int) -> Iterator[None]:
+    """Hold on to the memory of a page as DMA does, in a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    ((_, fd),) = scene.guest.memory.files()
+    with mmap.mmap(fd, MIB << 20) as mapped:
+        window = ctypes.c_char.from_buffer(mapped, page * PAGE_SIZE)
+        vector = (ctypes.c_size_t * 2)(ctypes.addressof(window), PAGE_SIZE)
+        assert ctypes.CDLL(None, use_errno=True).vmsplice(writer, vector, 1, 0) == PAGE_SIZE
+        del window
+    try:
+        yield
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_parts_of_large_pages_go_and_come_back(large: Scene) -> None:
+    parts = PageSet.from_numbers(PAGES, np.flatnonzero(np.arange(PAGES) % 3))
+    assert large.pager.evict(parts, Where.FILE) == len(parts)
+    assert large.guest.memory.populated() == ALL - parts
+    assert large.pager.evict(ALL, Where.POOL) == PAGES - len(parts)
+    assert len(large.guest.memory.populated()) == 0
+    assert large.target.ask("t").split()[1] == str(SUM)
+
+
+def test_part_of_a_large_page_that_is_held_stays(large: Scene) -> None:
+    with held(large, 100):
+        assert large.pager.evict(some((50, 100), (600, 10)), Where.FILE) == 0
+        assert large.pager.residency.count(Where.RESIDENT) == PAGES
+        assert not large.stores[Where.FILE].taken.any()
+        assert large.target.ask("r 120") == "120"
+        assert large.target.ask("r 605") == "605"
+    assert large.pager.evict(some((50, 100)), Where.FILE) == 100
+    assert large.target.ask("t").split()[1] == str(SUM)
+
+
 def spoil(scene: Scene, page: int) -> None:
     slot = int(scene.pager.residency.locator[page])
     with scene.stores[Where.FILE].path.open("r+b") as file:
@@ -222,6 +273,16 @@ def test_released_memory_is_whole_and_the_processes_own(scene: Scene) -> None:
     assert scene.target.ask("t").split()[1] == str(SUM)
 
 
+def their_uffd(scene: Scene) -> int:
+    """A duplicate of the userfaultfd that the target itself keeps."""
+    theirs = next(n for n, link in proc.descriptors(scene.target.pid).items() if "userfaultfd" in link)
+    process = pidfd.open(scene.target.pid)
+    try:
+        return pidfd.getfd(process, theirs)
+    finally:
+        pidfd.close(process)
+
+
 class TestJournal:
     """Every state that dying between two steps can leave, for a page that was on its way to the pool."""
 
@@ -235,11 +296,8 @@ class TestJournal:
         scene.pager.residency.where[page] = where
         scene.pager.close()
         if protected:
-            theirs = next(n for n, link in proc.descriptors(scene.target.pid).items() if "userfaultfd" in link)
-            process = pidfd.open(scene.target.pid)
-            with Userfaultfd(pidfd.getfd(process, theirs)) as uffd:
+            with Userfaultfd(their_uffd(scene)) as uffd:
                 uffd.write_protect(scene.target.at(page), PAGE_SIZE)
-            pidfd.close(process)
 
     @pytest.mark.parametrize(
         ("where", "present", "protected", "kept"),
@@ -262,6 +320,19 @@ class TestJournal:
         assert scene.stores[Where.POOL].statistics().used == 0
         scene.pager.evict(ALL, Where.FILE)
         assert scene.target.ask("t").split()[1] == str(SUM + 47)
+
+    def test_zeros_in_the_place_of_a_page_that_was_being_punched(self, scene: Scene) -> None:
+        scene.pager.evict(some((30, 1)), Where.POOL)
+        scene.guest.memory.write(30, memoryview(bytes(PAGE_SIZE)))
+        scene.pager.residency.leaving[30] = 1
+        scene.pager.close()
+        with Userfaultfd(their_uffd(scene)) as uffd:
+            uffd.write_protect(scene.target.at(30), PAGE_SIZE)
+        scene.target.say("i 30 3")
+        scene.pager = scene.engage()
+        assert scene.target.answer() == "33"
+        assert not scene.pager.residency.leaving.any()
+        assert scene.target.ask("t").split()[1] == str(SUM + 3)
 
 
 def test_a_forked_child_reads_what_is_away(scene: Scene) -> None:

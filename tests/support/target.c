@@ -3,6 +3,7 @@
 // page with its number, prints "ready ADDRESS BYTES", then obeys lines on standard input:
 //   r PAGE        print the first word of PAGE
 //   w PAGE VALUE  write the first word of PAGE
+//   i PAGE VALUE  add VALUE to the first word of PAGE, and print it
 //   t             read every page and print "touched SUM FAULTS"
 //   g             start THREADS writers, each counting in a slot of its own in random pages
 //   p MICROS      have writers rest so long between two writes
@@ -121,6 +122,8 @@ int main(int count, char **arguments) {
         } else if (sscanf(line, "w %lu %lu", &page, &value) == 2) {
             *(volatile uint64_t *)(region + page * 4096) = value;
             printf("written\n");
+        } else if (sscanf(line, "i %lu %lu", &page, &value) == 2) {
+            printf("%lu\n", *(volatile uint64_t *)(region + page * 4096) += value);
         } else if (line[0] == 't') {
             struct rusage before, after;
             getrusage(RUSAGE_SELF, &before);

@@ -1,4 +1,4 @@
-"""read(2), write(2), poll(2), ioctl(2), pread(2), pwrite(2), fallocate(2) and others for loops that numba compiles.
+"""read(2), write(2), poll(2), ioctl(2), pread(2), pwrite(2), lseek(2), fallocate(2), others, for loops numba compiles.
 
 A compiled loop calls libc without the interpreter and without the GIL, which is what the fault path and batches of
 scattered pages need. Each function takes plain numbers, addresses included, and answers as the kernel does: a result,
@@ -26,6 +26,7 @@ _poll = _libc("poll", types.int32, types.uintp, types.uint64, types.int32)
 _ioctl = _libc("ioctl", types.int32, types.int32, types.uint64, types.uintp)
 _pread = _libc("pread", types.int64, types.int32, types.uintp, types.uint64, types.int64)
 _pwrite = _libc("pwrite", types.int64, types.int32, types.uintp, types.uint64, types.int64)
+_lseek = _libc("lseek", types.int64, types.int32, types.int64, types.int32)
 _fallocate = _libc("fallocate", types.int32, types.int32, types.int32, types.int64, types.int64)
 _clock_gettime = _libc("clock_gettime", types.int32, types.int32, types.uintp)
 _ppoll = _libc("ppoll", types.int32, types.uintp, types.uint64, types.uintp, types.uintp)
@@ -81,6 +82,12 @@ def pread(fd: int, address: int, length: int, offset: int) -> int:
 def pwrite(fd: int, address: int, length: int, offset: int) -> int:
     """Write from ``address`` to ``offset`` of a file; how many bytes."""
     return _answer(_pwrite(fd, address, length, offset))
+
+
+@njit("int64(int32, int64, int32)", cache=True, nogil=True)
+def lseek(fd: int, offset: int, whence: int) -> int:
+    """Where a file has data or a hole from ``offset`` on, as ``whence`` asks."""
+    return _answer(_lseek(fd, offset, whence))
 
 
 @njit("int64(int32, int32, int64, int64)", cache=True, nogil=True)

@@ -360,7 +360,9 @@ class Incoming:
         # A source that does not hear it asks the agent.
         with contextlib.suppress(UnreachableError):
             control.send(arrived)
-            if self._large.wanted:
+        if self._large.wanted:
+            # Whether or not the source is there to hear of it; the VM may be ended by its owner by now.
+            with contextlib.suppress(UnreachableError, KernelError):
                 control.send(messages.Rebuilt(large_mappings=self._large.count()))
         # Whoever closes first is believed to have broken off: let it be the source, when it has read this.
         with contextlib.suppress(UnreachableError):

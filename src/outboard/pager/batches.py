@@ -4,12 +4,13 @@
 (first page, pages), none across an edge of regions. Each function answers 0 or a negated errno, and stops at the first
 refusal. EAGAIN, the answer while the address space changes, is tried again: whoever serves the faults reads the event.
 
-Sources: ioctl_userfaultfd(2), pread(2), fallocate(2).
+Sources: ioctl_userfaultfd(2), pread(2), fallocate(2), lseek(2).
 """
 
 from __future__ import annotations
 
 import errno
+import os
 
 import numpy as np
 from numba import njit, types
@@ -24,6 +25,10 @@ _COPY, _CONTINUE, _PROTECT, _WAKE = (
     request.number for request in (UFFDIO_COPY, UFFDIO_CONTINUE, UFFDIO_WRITEPROTECT, UFFDIO_WAKE)
 )
 _EEXIST, _EAGAIN, _EFAULT, _EIO = errno.EEXIST, errno.EAGAIN, errno.EFAULT, errno.EIO
+_ENXIO, _EBUSY = errno.ENXIO, errno.EBUSY
+_SEEK_DATA = os.SEEK_DATA
+_PATIENCE = 20
+"""Milliseconds, for a large page that the kernel cannot split."""
 _PUNCH = fallocate.FALLOC_FL_PUNCH_HOLE | fallocate.FALLOC_FL_KEEP_SIZE
 
 _ROWS, _I8, _U1 = types.int64[:, ::1], types.int64[::1], types.uint8[::1]
@@ -148,23 +153,44 @@ def read(regions: NDArray[np.int64], runs: NDArray[np.int64], into: NDArray[np.u
 
 @njit(types.int64(_ROWS, _ROWS), cache=True, nogil=True)
 def punch(regions: NDArray[np.int64], runs: NDArray[np.int64]) -> int:
-    """Free the memory of the runs, which unmaps it."""
+    """Free the memory of the runs, which unmaps it.
+
+    A part of a large page that somebody holds on to cannot be split off: the kernel fills it with zeros instead, and it
+    is present as before. EBUSY: that is what has become of one or more of the runs.
+    """
     for index in range(runs.shape[0]):
         row = row_of(regions, runs[index, 0])
         offset = regions[row, 3] + (runs[index, 0] - regions[row, 0]) * PAGE_SIZE
-        answer = native.fallocate(regions[row, 4], _PUNCH, offset, runs[index, 1] * PAGE_SIZE)
-        if answer < 0:
-            return answer
+        length = runs[index, 1] * PAGE_SIZE
+        tries = 0
+        while True:
+            answer = native.fallocate(regions[row, 4], _PUNCH, offset, length)
+            if answer < 0:
+                return answer
+            data = native.lseek(regions[row, 4], offset, _SEEK_DATA)
+            if data == -_ENXIO or data >= offset + length:
+                break
+            if data < 0:
+                return data
+            tries += 1
+            if tries > _PATIENCE:
+                return -_EBUSY
+            native.poll(0, 0, 1)
     return 0
 
 
-@njit(types.int64(types.int32, _ROWS, _ROWS, _U1), cache=True, nogil=True)
-def place(uffd: int, regions: NDArray[np.int64], runs: NDArray[np.int64], content: NDArray[np.uint8]) -> int:
-    """Enter pages that are absent; what is present already stays."""
+@njit(types.int64(types.int32, _ROWS, _ROWS, _U1, types.boolean), cache=True, nogil=True)
+def place(
+    uffd: int, regions: NDArray[np.int64], runs: NDArray[np.int64], content: NDArray[np.uint8], over: bool
+) -> int:
+    """Enter pages that are absent; what is present already stays, or is written ``over``."""
     source = content.ctypes.data
     for index in range(runs.shape[0]):
+        row = row_of(regions, runs[index, 0])
+        inside = (runs[index, 0] - regions[row, 0]) * PAGE_SIZE
         length = runs[index, 1] * PAGE_SIZE
-        answer = copy(uffd, _hva(regions, runs[index, 0]), source, length, PAGE_SIZE, -1, 0)
+        file = regions[row, 4] if over else -1
+        answer = copy(uffd, regions[row, 2] + inside, source, length, PAGE_SIZE, file, regions[row, 3] + inside)
         if answer < 0:
             return answer
         source += length

@@ -65,12 +65,12 @@ class Eviction:
 
     def _evict_batch(self, claimed: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> int:
         try:
-            self._put_away(claimed, to, store, staging)
+            return self._put_away(claimed, to, store, staging)
         finally:
             self._keeper.give_up(claimed)
-        return claimed.size
 
-    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> None:
+    def _put_away(self, numbers: NDArray[np.int64], to: Where, store: Store, staging: NDArray[np.uint8]) -> int:
+        residency = self._keeper.residency
         runs = self._keeper.runs_of(numbers)
         content = staging[: numbers.size * PAGE_SIZE]
         try:
@@ -81,16 +81,25 @@ class Eviction:
                 on_disk, blocks = np.zeros(numbers.size, dtype=np.bool_), _NOWHERE
             else:
                 on_disk, blocks = self._on_disk.look_up(numbers, content, zero)
-            gone = zero | on_disk
-            kept = content.reshape(-1, PAGE_SIZE)[~gone].reshape(-1) if gone.any() else content
+            nowhere = zero | on_disk
+            kept = content.reshape(-1, PAGE_SIZE)[~nowhere].reshape(-1) if nowhere.any() else content
             locators = store.put(kept)
         except BaseException:
             self._keeper.protect(runs, False)
             raise
-        self._keeper.residency.went(numbers[~gone], to, locators)
-        self._keeper.residency.went(numbers[on_disk], Where.DISK, blocks)
-        self._keeper.residency.where[numbers[zero]] = Where.ZERO
+        residency.leaving[numbers] = 1
+        residency.went(numbers[~nowhere], to, locators)
+        residency.went(numbers[on_disk], Where.DISK, blocks)
+        residency.where[numbers[zero]] = Where.ZERO
+        gone = self._keeper.punch(runs)
+        if not gone:
+            self._keeper.place(runs, content, over=True)
+            residency.returned(numbers)
+            store.drop(locators)
+        residency.leaving[numbers] = 0
+        if not gone:
+            return 0
         with self._counting:
             self.evicted += numbers.size
             self.zeros += int(np.count_nonzero(zero))
-        self._keeper.punch(runs)
+        return numbers.size

@@ -85,7 +85,7 @@ class Known:
             self._keeper.punch(runs)
             # A mark of the failure in the page table outlives the page.
             self._unmap(page)
-            self._keeper.place(runs, content)
+            self._keeper.place(runs, content, over=True)
             self._on_disk.known[page] = 0
         finally:
             self._keeper.give_up(number)

@@ -186,6 +186,7 @@ class Overlay:
         self._keeper.residency.went(chosen, Where.SHARED, places.astype(np.uint64))
         with self._in_agreement():
             self._map_pool(chosen, places)
+            # What is held keeps its memory, and nobody sees it: it is written over before it is mapped again.
             self._keeper.punch(self._keeper.runs_of(chosen))
         return chosen
 
@@ -355,10 +356,12 @@ class Overlay:
                     self._keeper.protect(self._keeper.runs_of(claimed[~zero]), False)
                 if zero.any():
                     self._where[claimed[zero]] = Where.ZERO
-                    self._keeper.punch(self._keeper.runs_of(claimed[zero]))
+                    if self._keeper.punch(self._keeper.runs_of(claimed[zero])):
+                        gone += int(np.count_nonzero(zero))
+                    else:
+                        self._where[claimed[zero]] = Where.RESIDENT
             finally:
                 self._keeper.give_up(claimed)
-            gone += int(np.count_nonzero(zero))
         return gone
 
     def rebuild(self, blocks: PageSet) -> int:

@@ -34,6 +34,7 @@ from outboard.pager.overlay import Overlay
 from outboard.pager.saving import Saving
 from outboard.pager.table import LENDER, Table
 from outboard.pages import PAGE_SIZE
+from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
 from outboard.pages.shared import shared_array
@@ -179,6 +180,8 @@ class Pager:
         """Make the journal agree with the file, lift every protection, and have everybody ask again."""
         where = self.residency.where
         whole = self._whole()
+        # What is still protected nobody can write to before it is gone.
+        self._finish_leaving()
         self._ask("UFFDIO_WRITEPROTECT", batches.protect(self._clamp.uffd.fileno(), self._regions, whole, 0))
         # Another engine's hand may be at work yet, and wait for its events to be read; whoever faults is woken later.
         await_none(self.guest.pid, self._clamp.uffd.read)
@@ -189,6 +192,18 @@ class Pager:
         for kind, store in self._stores.items():
             store.retain(self.residency.locator[where == kind])
         self._ask("UFFDIO_WAKE", batches.wake(self._clamp.uffd.fileno(), self._regions, whole))
+
+    def _finish_leaving(self) -> None:
+        """Punch what was being punched: parts of a large page that it could not split the kernel filled with zeros."""
+        leaving = np.flatnonzero(self.residency.leaving)
+        # What had not gone yet is as it was; no page of zeros was under way to a store.
+        gone = leaving[self.residency.where[leaving] != Where.RESIDENT]
+        for batch in np.split(gone, range(BATCH, gone.size, BATCH)):
+            runs = self.runs_of(batch)
+            content = self._staging[: batch.size * PAGE_SIZE]
+            self.read(runs, content)
+            self.punch(self.runs_of(batch[zero_pages(content)]))
+        self.residency.leaving[leaving] = 0
 
     def _whole(self) -> Runs:
         return self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
@@ -288,9 +303,17 @@ class Pager:
                 self._on_disk.known[first : first + count] = 0
         self._everywhere("UFFDIO_WRITEPROTECT", runs, int(protected))
 
-    def punch(self, runs: Runs) -> None:
-        """Free the memory of runs in the guest's file."""
-        self._ask("fallocate(PUNCH_HOLE)", batches.punch(self._regions, runs))
+    def punch(self, runs: Runs) -> bool:
+        """Free the memory of runs in the guest's file.
+
+        :return: whether all of them are absent: parts of large pages that somebody holds on to are present, and zeros.
+        :raise KernelError: the kernel refused.
+        """
+        answer = batches.punch(self._regions, runs)
+        if answer == -errno.EBUSY:
+            return False
+        self._ask("fallocate(PUNCH_HOLE)", answer)
+        return True
 
     def read(self, runs: Runs, content: NDArray[np.uint8]) -> None:
         """Read runs that are in the guest's file.
@@ -299,12 +322,12 @@ class Pager:
         """
         self._ask("pread", batches.read(self._regions, runs, content))
 
-    def place(self, runs: Runs, content: NDArray[np.uint8]) -> None:
-        """Enter pages that are absent; what is present already stays.
+    def place(self, runs: Runs, content: NDArray[np.uint8], *, over: bool = False) -> None:
+        """Enter pages that are absent; what is present already stays, or is written ``over``.
 
         :raise KernelError: the kernel refused.
         """
-        self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content))
+        self._ask("UFFDIO_COPY", batches.place(self._clamp.uffd.fileno(), self._regions, runs, content, over))
 
     def runs_of(self, numbers: NDArray[np.int64]) -> Runs:
         """Runs of page numbers, which ascend; none across an edge of regions."""
@@ -318,7 +341,8 @@ class Pager:
     def evict(self, pages: PageSet, to: Where) -> int:
         """Move those of ``pages`` that are resident into a store, while the guest runs; how many went.
 
-        A page that is being fetched this very moment stays.
+        A page that is being fetched this very moment stays; so does a batch with parts of a large page that somebody
+        holds on to (DMA), which cannot be split.
 
         :param to: ``Where.POOL`` or ``Where.FILE``.
         :raise StoreFullError: there is no room; what has not gone is where it was.

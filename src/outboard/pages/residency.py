@@ -6,8 +6,8 @@ mapping is kept by the kernel at once, whatever becomes of the process.
 
 Why no page is lost, at whichever instruction the engine dies. The pager keeps to two orders.
 
-* Going: the page is write-protected and read; the store holds it; ``locator`` and ``where`` name the store; only then
-  its memory is punched out of the guest's file.
+* Going: the page is write-protected and read; the store holds it; ``leaving`` says so; ``locator`` and ``where`` name
+  the store; only then its memory is punched out of the guest's file; only then ``leaving`` is over.
 * Coming back: UFFDIO_COPY enters it in the file, whole or not at all; only then ``where`` says RESIDENT; only then the
   store may use the slot for another page.
 
@@ -18,6 +18,11 @@ pages that ``where`` calls RESIDENT; or it was never in the file, ``where`` stil
 The successor finds out which by asking the file: *what is present is the truth, what is absent is where the journal
 says.* It makes the journal agree, lifts every write-protection, and wakes every thread that waits, which then asks
 again. Each of these steps can be repeated, so dying in the middle of them is the same case.
+
+One thing is between the two: of a large page that somebody holds on to the kernel cannot punch a part, and fills it
+with zeros that are present (Linux mm/truncate.c). The pager punches again until it is absent, or else puts the page
+back. A successor that finds a page ``leaving``, named as a store's, and zeros in the file, does the same: the page held
+something else, or it would be at ZERO.
 
 The one thing that must not happen is that a page appears in the file by other means while it is away; every way for the
 guest to touch its memory ends in the userfaultfd, and a manager must never do so itself.
@@ -66,7 +71,8 @@ class Residency:
 
     In anonymous memory, or in the directory ``journal``. At first all are at the peer if the guest is ``arriving``, and
     resident otherwise.
-    ``where`` (uint8) and ``locator`` (uint64) are the live arrays that hot loops index.
+    ``where`` (uint8) and ``locator`` (uint64) are the live arrays that hot loops index; ``leaving`` (uint8) is 1 for
+    pages that are being punched.
 
     :raise OutboardError: the journal is another number of pages'.
     :raise KernelError: it cannot be mapped.
@@ -75,17 +81,20 @@ class Residency:
     answer to a fault and the bulk): both then write RESIDENT, and the kernel has decided whose content stands.
     """
 
-    __slots__ = ("locator", "pages", "where")
+    __slots__ = ("leaving", "locator", "pages", "where")
 
     def __init__(self, pages: int, journal: Path | None = None, *, arriving: bool = False) -> None:
         self.pages = pages
         self.where: NDArray[np.uint8]
         self.locator: NDArray[np.uint64]
+        self.leaving: NDArray[np.uint8]
         if journal is None:
             self.where = shared_array(pages, np.uint8)
             self.locator = shared_array(pages, np.uint64)
+            self.leaving = shared_array(pages, np.uint8)
         else:
             self.locator = file_array(journal / "locator", pages, np.uint64)
+            self.leaving = file_array(journal / "leaving", pages, np.uint8)
             self.where = file_array(journal / "where", pages, np.uint8)
         # Nothing has gone anywhere before every entry of a new journal says RESIDENT; dying here leaves PEER, which a
         # guest that does not arrive never has.

@@ -202,7 +202,7 @@ class PagemapTrace(_Registered):
     def _walk(self, within: PageSet | None, *, rearm: bool) -> PageSet:
         armed = ~self._unarmed
         written = super()._walk(armed if within is None else within & armed, rearm=rearm) | self._owed
-        new = self._guest.memory.populated(self._unarmed)
+        new = self._guest.memory.populated(self._unarmed if within is None else within & self._unarmed)
         if rearm:
             self._owed = PageSet(self._guest.pages)
             if new:
