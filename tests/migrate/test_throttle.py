@@ -137,6 +137,23 @@ def test_a_guest_that_slows_down_less_than_it_should_is_held_harder() -> None:
     assert hand.shares[0] >= next_hand.shares[0]
 
 
+def test_a_round_more_is_worth_it_while_it_shortens_the_pause() -> None:
+    throttle = Throttle(lambda: (Hand(), "vCPU 0"), growth=grown(rate=4_000, hot=65_536))
+    # 7,000 pages take a quarter of a second, in which a thousand are written.
+    assert throttle.shortens(7_000, LINK)
+    assert not throttle.shortens(200, LINK)
+    assert not throttle.shortens(0, 0.0)
+    assert not Throttle(lambda: (Hand(), "vCPU 0"), growth=grown(rate=20_000, hot=65_536)).shortens(7_000, LINK)
+
+
+def test_a_guest_is_not_made_sluggish_for_little() -> None:
+    growth = grown(rate=40_000, hot=65_536)
+    chosen = choose(growth, 65_000, LINK, GOAL)
+    assert chosen.share >= 0.07
+    harder = forecast(growth, 65_000, LINK, GOAL, 0.02)
+    assert chosen.cost < harder.cost
+
+
 def test_it_lets_go_as_soon_as_nothing_calls_for_it() -> None:
     hand = Hand()
     throttle = Throttle(lambda: (hand, "vCPU 0"), growth=grown(40_000, 65_536))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from outboard.errors import (
+    KernelError,
     NeedsRecoveryError,
     OutboardError,
     PeerError,

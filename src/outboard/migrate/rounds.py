@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _DEVICES_S = 0.05
 """What saving and loading the devices takes of an allowed downtime."""
 _FIRST_LOOK_S, _NEXT_LOOK = 0.05, 1.5
 """Looks at the growth lie ever further apart: each is 1.5 times as late as the one before."""
+_LESS = 0.75
+"""What a round that only shortens the pause must leave at most of the one before, if another is to follow."""
 _SAMPLE_S = 0.2
 """How long to look for writers at most."""
 
@@ -90,6 +93,7 @@ class Rounds:
         :raise OutboardError: the peer or the guest is gone, or it was cancelled.
         """
         last = Done(0, 0, 0.0, True)
+        fitted = math.inf
         while True:
             done = self._round()
             before, left = self._due_pages, len(self._written)
@@ -101,11 +105,19 @@ class Rounds:
             rate, last = content / PAGE_SIZE / seconds if seconds else 0.0, done
             goal = rate * max(0.0, self._options.max_downtime - _DEVICES_S)
             if left <= goal:
-                return
-            if self._options.method is Method.HYBRID and left > WORTH_A_ROUND * before:
+                # At a minimum of what remains: the pause is the shorter for it.
+                if (
+                    self._options.method is Method.HYBRID
+                    or left > _LESS * fitted
+                    or not self.throttle.shortens(left, rate)
+                ):
+                    return
+                fitted = left
+            elif self._options.method is Method.HYBRID and left > WORTH_A_ROUND * before:
                 return
             self.resent_pages += left
-            if self._options.throttles and rate:
+            # Whoever is held back is so for these last rounds too.
+            if left > goal and self._options.throttles and rate:
                 self.throttle.steer(self._elapsed(), left, rate, goal)
 
     @property

@@ -5,17 +5,18 @@ The model
 A round sends R pages at L pages a second and so takes R/L seconds, in which the guest writes to W(R/L) different pages:
 they are the next round's R. W is measured in each round by looking at the write trace a few times: it rises steeply
 and then bends, since what is written again costs nothing more. A guest whose writers get the share s of their
-processor time writes in t seconds what it would have written in s t: W(s t). How far that is true of this guest, the
+processor time writes in t seconds what it would have written in s t: W(s t). By how much this guest writes more, the
 *gain*, is what a throttled round left over what was predicted; it is kept with the migration, and is where the next
-one of the VM begins.
+one of the VM begins. One that writes less has calmed down, and W is what it writes now.
 
-The migration ends with the first R that can be sent in the pause. For each share the rounds are played through; of the
+The migration may end with the first R that can be sent in the pause, and ends when a further round would no longer
+shorten the pause by much. For each share the rounds are played through; of the
 shares with which they end, the one is taken whose cost is least::
 
-    cost = (seconds left) * (1 - s) + IMPATIENCE * (seconds left)
+    cost = (seconds left) * (1 - s) + IMPATIENCE * (seconds left) + SLUGGISH * (1/s - 1)
 
-that is, the guest's work that is lost, and the time itself, of which a second counts as a quarter second lost. So a
-guest that converges by itself in good time is left alone, and one that does not is held back hard and briefly rather
+that is, the guest's work that is lost, the time itself, of which a second counts as a quarter second lost, and that
+whoever asks the guest for what takes it 50 ms of processor time waits 1/s times as long. So a guest that converges by itself in good time is left alone, and one that does not is held back hard and briefly rather
 than mildly and long. That is decided anew after each round, and given up as soon as nothing calls for it.
 """
 
@@ -32,11 +33,15 @@ from outboard.migrate.report import Slowed
 
 SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02)
 IMPATIENCE = 0.25
+SLUGGISH = 0.05
 _MOST_ROUNDS = 100
 _SHRINKS = 0.98
 """Rounds that leave more than this part of the one before do not end."""
-_GAINS = (0.5, 4.0)
+_MOST_GAIN = 4.0
 _WELL_BELOW = 0.5
+_HALVES = 0.5
+_WORTH_S = 0.01
+"""What one more round must take off the pause."""
 
 
 class Growth:
@@ -84,7 +89,7 @@ class Forecast:
     @property
     def cost(self) -> float:
         """Seconds, as the module says."""
-        return self.seconds * (1 - self.share + IMPATIENCE)
+        return self.seconds * (1 - self.share + IMPATIENCE) + SLUGGISH * (1 / self.share - 1)
 
 
 def forecast(growth: Growth, left: float, rate: float, goal: float, share: float, gain: float = 1.0) -> Forecast:
@@ -150,8 +155,17 @@ class Throttle:
 
     def look(self, seconds: float, pages: int) -> None:
         """``pages`` had been written to ``seconds`` after the trace was armed."""
-        if seconds > 0:
-            self.growth.note(self.share * seconds, pages)
+        seconds *= self.share
+        # One that is held back and writes less than it should has calmed down; that it writes more the gain says.
+        if seconds > 0 and (self.share == 1 or pages < self.growth.within(seconds)):
+            self.growth.note(seconds, pages)
+
+    def shortens(self, left: int, rate: float) -> bool:
+        """Whether one more round would shorten the pause, which can take what is ``left``, by half and more."""
+        if not rate:
+            return False
+        then = self.gain * self.growth.within(self.share * left / rate)
+        return then <= _HALVES * left and left - then >= _WORTH_S * rate
 
     def steer(self, elapsed: float, left: int, rate: float, goal: float) -> None:
         """Judge the round that has just ended, and decide for the next.
@@ -161,8 +175,7 @@ class Throttle:
         if self._useless:
             return
         if self._expected and self.share < 1:
-            low, high = _GAINS
-            self.gain = min(high, max(low, self.gain * left / self._expected))
+            self.gain = min(_MOST_GAIN, max(1.0, self.gain * left / self._expected))
         chosen = choose(self.growth, left, rate, goal, self.gain, self.share)
         self._expected = self.gain * self.growth.within(chosen.share * left / rate)
         alone = forecast(self.growth, left, rate, goal, 1.0, self.gain)
