@@ -10,14 +10,15 @@ processor time writes in t seconds what it would have written in s t: W(s t). By
 one of the VM begins. One that writes less has calmed down, and W is what it writes now.
 
 The migration may end with the first R that can be sent in the pause, and ends when a further round would no longer
-shorten the pause by much. For each share the rounds are played through; of the
-shares with which they end, the one is taken whose cost is least::
+shorten the pause by much. For each share the rounds are played through; of the shares with which they end, the one is
+taken whose cost is least::
 
     cost = (seconds left) * (1 - s) + IMPATIENCE * (seconds left) + SLUGGISH * (1/s - 1)
 
 that is, the guest's work that is lost, the time itself, of which a second counts as a quarter second lost, and that
-whoever asks the guest for what takes it 50 ms of processor time waits 1/s times as long. So a guest that converges by itself in good time is left alone, and one that does not is held back hard and briefly rather
-than mildly and long. That is decided anew after each round, and given up as soon as nothing calls for it.
+whoever asks the guest for what takes it 50 ms of processor time waits 1/s times as long. So a guest that converges by
+itself in good time is left alone, and one that does not is held back hard and briefly rather than mildly and long. That
+is decided anew after each round, and given up as soon as nothing calls for it.
 """
 
 from __future__ import annotations
