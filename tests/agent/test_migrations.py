@@ -55,25 +55,27 @@ async def heard(migrations: Migrations, engine: Connection, state: State) -> Non
         await asyncio.sleep(0)
 
 
+@pytest.mark.parametrize("order", ["cancel", "switch"])
 @pytest.mark.parametrize("state", [State.NEW, State.PREPARING, State.COPYING, State.SWITCHING])
-def test_cancel_is_passed_on_as_long_as_it_can_be_done(state: State) -> None:
+def test_an_order_is_passed_on_as_long_as_it_can_be_obeyed(state: State, order: str) -> None:
     async def play(migrations: Migrations, engine: Connection) -> None:
-        migrations.cancel("m1")
+        getattr(migrations, order)("m1")
         assert engine.poll(5)
         await heard(migrations, engine, state)
         engine.recv_bytes()
-        migrations.cancel("web")
-        assert b"cancel" in engine.recv_bytes()
+        getattr(migrations, order)("web")
+        assert order.encode() in engine.recv_bytes()
 
     played(play)
 
 
+@pytest.mark.parametrize("order", ["cancel", "switch"])
 @pytest.mark.parametrize("state", [State.COMMITTED, State.POSTCOPY, State.RECOVERING])
-def test_cancel_is_refused_when_the_vm_has_been_given_away(state: State) -> None:
+def test_an_order_is_refused_when_the_vm_has_been_given_away(state: State, order: str) -> None:
     async def play(migrations: Migrations, engine: Connection) -> None:
         await heard(migrations, engine, state)
         with pytest.raises(RefusedError, match="given to its destination"):
-            migrations.cancel("web")
+            getattr(migrations, order)("web")
         assert not engine.poll(0)
 
     played(play)

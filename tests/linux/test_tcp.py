@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +53,18 @@ def test_what_has_not_been_sent_is_told(pair: tuple[socket.socket, socket.socket
         while True:
             sender.send(bytes(1 << 16))
     assert tcp_info(sender).unsent_bytes > 0
+
+
+def test_how_long_nothing_has_come(pair: tuple[socket.socket, socket.socket]) -> None:
+    sender, receiver = pair
+    sender.sendall(b"x")
+    receiver.recv(1)
+    time.sleep(0.05)
+    silent = tcp_info(receiver).silent_s
+    assert silent >= 0.04
+    sender.sendall(b"x")
+    receiver.recv(1)
+    assert tcp_info(receiver).silent_s < silent
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(125e6, 125_000_000), (0, 1), (10e9, 10_000_000_000), (None, 2**64 - 1)])

@@ -130,7 +130,7 @@ def test_what_only_fills_the_link_stops_when_it_is_told(guest: Guest, peer: Peer
     outbox = ranked(guest, r5=(0, 64))
     outbox.halted = True
     worker = bulk(guest, outbox, peer)
-    worker.tell(encode_order(Send(0, guest.pages, 9, paced=True, idle=True)))
+    worker.tell(encode_order(Send(0, guest.pages, 9, paced=True, haltable=True)))
     assert not done(worker)
     assert len(outbox.unsent()) == 64
     worker.tell(encode_order(Send(0, guest.pages, 9, paced=True)))

@@ -122,6 +122,30 @@ def test_a_limit_that_changes_lets_it_finish(vm: Vm) -> None:
     vm.verify("b")
 
 
+def test_a_migration_in_rounds_is_told_to_switch_over_now(vm: Vm) -> None:
+    done = vm.cluster.a.outboard("switch", vm.name)
+    assert done.returncode == 3, done.stderr
+    hybrid = ("--hybrid", *SLOW[1:])
+    said = disturbed(vm, "copying", lambda: vm.cluster.a.outboard("switch", vm.name), *hybrid)
+    assert said.startswith("exit 0"), said
+    only_at(vm, "b")
+    vm.verify("b")
+    summary = json.loads(vm.cluster.a.outboard("history", vm.name, "-o", "ndjson").stdout.splitlines()[-1])
+    assert summary["remote_faults"] > 0
+
+
+def test_rounds_end_when_their_time_is_over(vm: Vm) -> None:
+    code, output, errors = migrate(vm, "a", "b", "--pre-copy", "--max-bandwidth", "12MB", "--timeout", "2s")
+    assert code == 0, errors + vm.cluster.a.log()[-2000:] + vm.cluster.b.log()[-2000:]
+    summary = summary_of(output)
+    assert not summary["remote_faults"]
+    assert not summary["throttle"]
+    # It stood still until all was there.
+    assert summary["blackout_ms"] > 300
+    only_at(vm, "b")
+    vm.verify("b")
+
+
 TOO_FAST = ("--pre-copy", "--max-bandwidth", "12MB", "--no-hints", "--max-downtime", "300ms")
 """The guest writes 20 MB/s."""
 

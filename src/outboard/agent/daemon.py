@@ -44,6 +44,7 @@ from outboard.errors import (
     UsageError,
 )
 from outboard.linux import sched
+from outboard.migrate.desk import Limit
 from outboard.migrate.goals import options_for
 from outboard.migrate.method import Goal, Options
 from outboard.sharing.inside import Thresholds
@@ -72,12 +73,6 @@ class RestoreRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vm: str
     snapshot: str
     eager: bool = False
-
-
-class LimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of PATCH /v1/migrations/ID: bytes/s, null is unlimited."""
-
-    max_bandwidth: int | None
 
 
 class ShareRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,14 +197,18 @@ class Agent:
 
     async def _patch(self, request: Request) -> Response:
         try:
-            wanted = msgspec.json.decode(await request.body(), type=LimitRequest)
+            wanted = msgspec.json.decode(await request.body(), type=Limit)
         except msgspec.DecodeError as error:
             raise UsageError(f"PATCH /v1/migrations: {error}") from error
-        self._departures.running.limit(request.path_params["name"], wanted.max_bandwidth)
+        self._departures.running.limit(request.path_params["name"], wanted)
         return JSONResponse({})
 
     async def _cancel(self, request: Request) -> Response:
         self._departures.running.cancel(request.path_params["name"])
+        return JSONResponse({}, status_code=202)
+
+    async def _switch(self, request: Request) -> Response:
+        self._departures.running.switch(request.path_params["name"])
         return JSONResponse({}, status_code=202)
 
     async def _get_migrations(self, _: Request) -> Response:
@@ -224,6 +223,7 @@ class Agent:
                 Route("/v1/migrations/{name}", self._patch, methods=["PATCH"]),
                 Route("/v1/migrations/{name}/reports", self._get_reports, methods=["GET"]),
                 Route("/v1/migrations/{name}/cancel", self._cancel, methods=["POST"]),
+                Route("/v1/migrations/{name}/switch", self._switch, methods=["POST"]),
                 Route("/v1/restores", self._restore, methods=["POST"]),
                 Route("/v1/engines/{vm}", self._ensure_engine, methods=["PUT"]),
                 Route("/v1/sharing/{domain}", self._share, methods=["PUT"]),

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from outboard.errors import NotFoundError, RefusedError
-from outboard.migrate.desk import Cancel, Limit, Order
+from outboard.migrate.desk import Cancel, Limit, Order, Switch
 from outboard.migrate.report import Progress, Summary, is_progress
 from outboard.migrate.states import TRANSITIONS, Event, State
 
@@ -127,6 +127,13 @@ class Migrations:
 
         :raise RefusedError: ``too-late``: the VM has been given away, or the migration is over.
         """
+        self._order_in_time(name, Cancel())
+
+    def switch(self, name: str) -> None:
+        """Ask for the switch-over now; errors as :meth:`cancel`."""
+        self._order_in_time(name, Switch())
+
+    def _order_in_time(self, name: str, order: Order) -> None:
         running = self.find(name)
         if running.ended:
             raise RefusedError("too-late", f"the migration of {running.vm} is over; see outboard history {running.vm}")
@@ -136,8 +143,8 @@ class Migrations:
                 "too-late",
                 f"{running.vm} has been given to its destination (the migration is {state.value}), and goes on there",
             )
-        running.order(Cancel())
+        running.order(order)
 
-    def limit(self, name: str, max_bandwidth: int | None) -> None:
-        """Change a bandwidth limit."""
-        self.find(name).order(Limit(max_bandwidth))
+    def limit(self, name: str, limit: Limit) -> None:
+        """Change limits."""
+        self.find(name).order(limit)

@@ -24,6 +24,7 @@ _COMMANDS = {
     "heat": "outboard.cli.heat:heat",
     "history": "outboard.cli.history:history",
     "limit": "outboard.cli.migrate:limit",
+    "switch": "outboard.cli.migrate:switch",
     "ls": "outboard.cli.attach:ls",
     "migrate": "outboard.cli.migrate:migrate",
     "mrc": "outboard.cli.mrc:mrc",

@@ -1,4 +1,4 @@
-"""outboard migrate, cancel, limit: move a VM to another host and steer it on its way."""
+"""outboard migrate, cancel, limit, switch: move a VM to another host and steer it on its way."""
 
 from __future__ import annotations
 
@@ -50,6 +50,11 @@ _decode: msgspec.json.Decoder[report.Progress | report.Summary] = msgspec.json.D
 )
 @click.option("--max-downtime", type=Duration(), default="300ms", show_default=True, help="Longest pause allowed.")
 @click.option("--max-bandwidth", type=Bandwidth(), help="Limit, such as 500Mbit; see outboard limit to change it.")
+@click.option(
+    "--timeout",
+    type=Duration(),
+    help="Of --pre-copy and --hybrid: switch over after so long, as outboard switch does.",
+)
 @click.option(
     "--compress",
     type=click.Choice(["auto", "none", "lz4", "zstd"]),
@@ -266,8 +271,26 @@ def cancel(name: str) -> None:
 
 @click.command(epilog="Example: outboard limit web 200Mbit")
 @click.argument("name")
-@click.argument("rate", type=str)
-def limit(name: str, rate: str) -> None:
+@click.argument("rate", type=str, required=False)
+@click.option("--max-downtime", type=Duration(), help="Longest pause allowed from now on.")
+def limit(name: str, rate: str | None, max_downtime: float | None) -> None:
     """Change the bandwidth limit of a running migration; RATE is such as 500Mbit, or none."""
-    octets = None if rate == "none" else Bandwidth().convert(rate, None, None)
-    api.call("PATCH", f"/v1/migrations/{name}", {"max_bandwidth": octets})
+    wanted: dict[str, float | None] = {}
+    if rate is not None:
+        wanted["max_bandwidth"] = None if rate == "none" else Bandwidth().convert(rate, None, None)
+    if max_downtime is not None:
+        wanted["max_downtime"] = max_downtime
+    if not wanted:
+        raise click.UsageError("say what to change: a RATE, --max-downtime, or both")
+    api.call("PATCH", f"/v1/migrations/{name}", wanted)
+
+
+@click.command(epilog="Example: outboard switch web")
+@click.argument("name")
+def switch(name: str) -> None:
+    """Have a running migration copy no longer and switch over now, by its id or its VM.
+
+    With --hybrid the VM goes on at the destination at once, and what is left follows, faults first. With --pre-copy it
+    stands still until all that is left is there. The other methods switch over early by themselves.
+    """
+    api.call("POST", f"/v1/migrations/{name}/switch")

@@ -70,7 +70,7 @@ class TcpInfo:
     """A part of struct tcp_info. Times in microseconds, rates in bytes/s.
 
     ``app_limited``: the delivery rate was bound by the sender having nothing to send. ``queued_bytes``: given to the
-    kernel and not acknowledged.
+    kernel and not acknowledged. ``silent_s``: seconds since data came last.
     """
 
     rtt_us: int
@@ -81,6 +81,7 @@ class TcpInfo:
     unsent_bytes: int
     queued_bytes: int
     retransmits: int
+    silent_s: float
 
 
 def tcp_info(connection: socket.socket) -> TcpInfo:
@@ -96,6 +97,7 @@ def tcp_info(connection: socket.socket) -> TcpInfo:
         unsent_bytes=told.tcpi_notsent_bytes,
         queued_bytes=told.tcpi_notsent_bytes + told.tcpi_unacked * told.tcpi_snd_mss,
         retransmits=told.tcpi_total_retrans,
+        silent_s=told.tcpi_last_data_recv / 1e3,
     )
 
 

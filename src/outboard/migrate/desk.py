@@ -6,7 +6,7 @@ The engine implements it over its pipe to the agent; a test plays it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -26,13 +26,18 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Stop the migration, if it has not committed."""
 
 
-class Limit(msgspec.Struct, frozen=True, tag="limit"):
-    """Change the bandwidth limit; bytes/s, None is unlimited."""
+class Limit(msgspec.Struct, frozen=True, tag="limit", forbid_unknown_fields=True):
+    """Change limits: the bandwidth in bytes/s, None is unlimited; the longest pause in seconds. What is UNSET stays."""
 
-    max_bandwidth: int | None
+    max_bandwidth: Annotated[int, msgspec.Meta(ge=1)] | msgspec.UnsetType | None = msgspec.UNSET
+    max_downtime: Annotated[float, msgspec.Meta(ge=0)] | msgspec.UnsetType = msgspec.UNSET
 
 
-Order = Cancel | Limit
+class Switch(msgspec.Struct, frozen=True, tag="switch"):
+    """Copy no longer, and switch over now."""
+
+
+Order = Cancel | Limit | Switch
 
 
 class Desk(Protocol):

@@ -22,6 +22,7 @@ from outboard.errors import (
     UnreachableError,
 )
 from outboard.linux import pidfd, sched
+from outboard.linux.tcp import tcp_info
 from outboard.migrate import messages
 from outboard.migrate.conversation import Conversation
 from outboard.migrate.digests import digests
@@ -43,6 +44,7 @@ from outboard.wire.channel import Channel
 from outboard.wire.frames import Frame, Kind, PageSetPart
 
 _STEP_S = 30.0
+_LOOK_S = 1.0
 _TICK_S = 0.002
 _DIGEST_PART = 1 << 20
 
@@ -184,14 +186,21 @@ class Incoming:
         try:
             # QEMU's main loop loads the devices, and the guest stands still meanwhile.
             with sched.favoured([self._guest.emulator_thread()]):
-                self._attend(control, faults, bulk, session)
+                self._attend(control, faults, bulk, messages.bulk_of(streams), session)
             self._settle(control, faults)
         except OutboardError as error:
             with contextlib.suppress(OutboardError):
                 control.send(messages.Failed(why=str(error), exit_code=error.exit_code))
             raise
 
-    def _attend(self, control: Conversation, faults: Worker, bulk: list[Worker], session: contextlib.ExitStack) -> None:
+    def _attend(
+        self,
+        control: Conversation,
+        faults: Worker,
+        bulk: list[Worker],
+        channels: list[Channel],
+        session: contextlib.ExitStack,
+    ) -> None:
         """Do what the source says until no page is missing."""
 
         def take_frames() -> None:
@@ -217,13 +226,15 @@ class Incoming:
                     self._all_sent = not at_work
 
         def await_barrier(number: int) -> None:
-            deadline = time.monotonic() + _STEP_S
+            begun = time.monotonic()
             while min(self._passed) < number:
                 fds = {bulk[stream].fileno(): stream for stream in at_work}
-                for fd in select.select(list(fds), [], [], max(0.0, deadline - time.monotonic()))[0]:
+                for fd in select.select(list(fds), [], [], _LOOK_S)[0]:
                     hear(fds[fd])
-                if time.monotonic() > deadline:
-                    raise PeerError(f"a barrier did not pass within {_STEP_S:.0f} s")
+                # All of a guest may be on its way in the pause.
+                silent = min(tcp_info(channel.socket).silent_s for channel in channels)
+                if min(silent, time.monotonic() - begun) > _STEP_S:
+                    raise PeerError(f"a barrier did not pass, and no page came for {_STEP_S:.0f} s")
 
         def mourn() -> None:
             raise OutboardError(f"QEMU of {self._guest.name}, process {self._guest.pid}, has ended at the destination")

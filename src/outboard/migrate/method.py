@@ -70,12 +70,13 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rounds would not end otherwise. ``compress`` says by which codec pages go, if by any, and ``streams`` on
     how many connections; None: as :mod:`outboard.migrate.streams` says. ``goal`` is where those come from that were
     not said; see :mod:`outboard.migrate.goals`. ``blocks``: pages that a disk image holds which both hosts have go as
-    references; see :mod:`outboard.migrate.references`.
+    references; see :mod:`outboard.migrate.references`. ``timeout``: after so many seconds rounds end, whatever is left.
     """
 
     method: Method = Method.ENLIGHTENED
     hints: bool = True
-    max_downtime: float = 0.3
+    max_downtime: Annotated[float, msgspec.Meta(ge=0)] = 0.3
+    timeout: Annotated[float, msgspec.Meta(ge=0)] | None = None
     max_bandwidth: int | None = None
     verify: bool = False
     throttle: bool = True

@@ -16,6 +16,7 @@ from outboard.migrate.outbox import Outbox
 from outboard.migrate.refining import refined
 from outboard.migrate.report import Round
 from outboard.migrate.sending import Done
+from outboard.migrate.steering import Steering
 from outboard.migrate.throttle import Holding, Throttle, usual
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
@@ -57,7 +58,8 @@ class _Waits:
 class Rounds:
     """Copies ``guest`` until what is left fits in the pause, or, where the VM may resume early, while it helps.
 
-    :param send: sends all that is due.
+    :param steering: says how long the pause may be, and when to hurry.
+    :param send: sends all that is due, unless the outbox is halted.
     :param elapsed: seconds since the migration began.
     :param gain: as in :class:`~outboard.migrate.throttle.Throttle`.
 
@@ -72,12 +74,13 @@ class Rounds:
         outbox: Outbox,
         trace: WriteTrace,
         options: Options,
+        steering: Steering,
         send: Sending,
         elapsed: Callable[[], float],
         gain: float,
     ) -> None:
         self._guest, self._outbox, self._trace, self._options = guest, outbox, trace, options
-        self._send, self._elapsed = send, elapsed
+        self._steering, self._send, self._elapsed = steering, send, elapsed
         self._written = PageSet(outbox.pages)
         self._armed_at = self._due = 0.0
         self._due_pages = 0
@@ -103,7 +106,9 @@ class Rounds:
             # Over two rounds: the last ones are too short to tell.
             content, seconds = done.content + last.content, done.seconds + last.seconds
             rate, last = content / PAGE_SIZE / seconds if seconds else 0.0, done
-            goal = rate * max(0.0, self._options.max_downtime - _DEVICES_S)
+            goal = rate * max(0.0, self._steering.max_downtime - _DEVICES_S)
+            if self._steering.hurried:
+                return
             if left <= goal:
                 # At a minimum of what remains: the pause is the shorter for it.
                 if (
@@ -145,6 +150,8 @@ class Rounds:
 
     def _look(self) -> None:
         """How much has been written so far, without forgetting it."""
+        if self._steering.hurried:
+            self._outbox.halted = True
         seconds = time.monotonic() - self._armed_at
         # A coarse trace tells too much before it is refined.
         if seconds < self._due or not self._options.throttles or self._outbox.digests is not None:

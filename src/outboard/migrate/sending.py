@@ -47,8 +47,8 @@ _ANSWER_S = 60.0
 class Send(msgspec.Struct, frozen=True, tag="send"):
     """Send what is due in ``[first, first + count)`` up to rank ``upto``; stop after ``seconds`` if given.
 
-    ``paced``: keep the link's queue empty; otherwise as fast as the link goes. ``idle``: only to use the link while
-    there is nothing better to send; it stops as soon as the outbox says ``halted``. ``changes``: what was sent before
+    ``paced``: keep the link's queue empty; otherwise as fast as the link goes. ``haltable``: it stops as soon
+    as the outbox says ``halted``. ``changes``: what was sent before
     is what the destination's memory holds, so that what has changed of it will do.
     """
 
@@ -57,7 +57,7 @@ class Send(msgspec.Struct, frozen=True, tag="send"):
     upto: int
     paced: bool
     seconds: float | None = None
-    idle: bool = False
+    haltable: bool = False
     changes: bool = False
 
 
@@ -175,7 +175,7 @@ class BulkSender:
         return Done(self._packer.octets - octets, self._packer.content_bytes - content, now - began, complete)
 
     def _walk(self, order: Send, began: float, share: Share) -> bool:
-        if order.idle and self._outbox.halted:
+        if order.haltable and self._outbox.halted:
             return False
         # Parts of large pages go again only before the resume, when nobody else claims any.
         parts = order.changes
@@ -188,7 +188,7 @@ class BulkSender:
                 now = time.monotonic_ns()
                 if now - self._paced_at > _PACE_NS:
                     self._pace(now)
-                if (order.idle and self._outbox.halted) or (
+                if (order.haltable and self._outbox.halted) or (
                     order.seconds is not None and now / 1e9 - began > order.seconds
                 ):
                     return False

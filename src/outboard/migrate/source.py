@@ -106,7 +106,7 @@ class Outgoing:
         self._early: list[tuple[int, int]] = []
         self._vmm = -1
         self._cleanup = contextlib.ExitStack()
-        self._steering = Steering(self.machine, self.watch, desk, self.outbox, destination.name)
+        self._steering = Steering(self.machine, self.watch, desk, self.outbox, options, destination.name)
         self._steering.listen(self._speakers)
         disks = parse_spec(spec, f"the spec of {guest.name}").disks
         self.references = References(disks, indexes, enabled=options.blocks == "auto")
@@ -303,7 +303,7 @@ class Outgoing:
         if self.options.method is Method.ENLIGHTENED:
             for first, count in self._early:
                 self.line.order(Send(first, count, ranking.EARLY_UPTO, paced=True, seconds=EARLY_SECONDS, changes=True))
-                self.line.order(Send(first, count, ranking.QUIET_UPTO, paced=True, idle=True, changes=True))
+                self.line.order(Send(first, count, ranking.QUIET_UPTO, paced=True, haltable=True, changes=True))
         self._early.clear()
 
     def _copy(self) -> None:
@@ -319,11 +319,13 @@ class Outgoing:
             raise AssertionError("rounds need a trace")
 
         def send(meanwhile: Callable[[], None]) -> Done:
-            self.line.order(Send(0, self.outbox.pages, ranking.LAST, paced=False, changes=True))
+            self.line.order(Send(0, self.outbox.pages, ranking.LAST, paced=False, haltable=True, changes=True))
             return self.line.await_sent(meanwhile)
 
         elapsed, gain = lambda: self.watch.elapsed, self._throttle_gain
-        self.copied = Rounds(self.guest, self.outbox, self._stale.trace, self.options, send, elapsed, gain)
+        self.copied = Rounds(
+            self.guest, self.outbox, self._stale.trace, self.options, self._steering, send, elapsed, gain
+        )
         # Held back until it has been given away: what it writes before it stops is sent in the pause.
         self._cleanup.callback(self.copied.release)
         self.watch.rounds = self.copied
@@ -340,14 +342,15 @@ class Outgoing:
         self.findings.stopped_at = departure.wait_paused(STEP_S)
         self._stale.settle()
         if self.options.verify:
-            line.await_message(messages.Settled)
+            line.await_message(messages.Settled, None if steering.hurried else STEP_S)
             self._delivery.send_rest()
             self._verify()
         departure.save()
         departure.wait_saved(STEP_S)
         self._stale.forget_late()
         if not self.options.verify:
-            line.await_message(messages.Settled)
+            # Where the user was in a hurry all that is left is sent in the pause.
+            line.await_message(messages.Settled, None if steering.hurried else STEP_S)
         line.await_message(messages.Loaded)
         if steering.cancelled:
             raise CancelledError("cancelled at the switch-over; the VM runs at the source")

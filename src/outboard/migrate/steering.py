@@ -6,8 +6,11 @@ import select
 import time
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from outboard.errors import CancelledError, UnreachableError
-from outboard.migrate.desk import Cancel, Desk, Limit
+from outboard.migrate.desk import Cancel, Desk, Limit, Switch
+from outboard.migrate.method import Options
 from outboard.migrate.outbox import Outbox
 from outboard.migrate.progress import Watch
 from outboard.migrate.states import Event, Machine
@@ -23,14 +26,17 @@ Speakers = Mapping[int, Callable[[], None]]
 class Steering:
     """Waits, hears the user's orders meanwhile, and moves the migration on.
 
-    :param peer: the destination's name.
+    :param options: as the user gave them; ``max_downtime`` is what became of that one. :param peer: the destination's
+        name.
 
     Synchronization: one thread.
     """
 
-    def __init__(self, machine: Machine, watch: Watch, desk: Desk, outbox: Outbox, peer: str) -> None:
+    def __init__(self, machine: Machine, watch: Watch, desk: Desk, outbox: Outbox, options: Options, peer: str) -> None:
         self.machine = machine
         self.cancelled = False
+        self.max_downtime = options.max_downtime
+        self._timeout, self._told_to_switch = options.timeout, False
         self._watch, self._desk, self._outbox, self._peer = watch, desk, outbox, peer
         self._sources: list[Callable[[], Speakers]] = [lambda: {self._desk.fileno(): self._take_order}]
 
@@ -42,6 +48,11 @@ class Steering:
         """Move the migration on, and report it."""
         self.machine.on(event)
         self._watch.look(at_once=True)
+
+    @property
+    def hurried(self) -> bool:
+        """Whether to copy no longer and switch over: told so, or the time for it is over."""
+        return self._told_to_switch or (self._timeout is not None and self._watch.elapsed >= self._timeout)
 
     def until(self, ready: Callable[[], bool], timeout: float | None) -> None:
         """Take in whatever anybody says until ``ready``.
@@ -75,5 +86,10 @@ class Steering:
         match self._desk.order():
             case Cancel():
                 self.cancelled = True
-            case Limit(max_bandwidth):
-                self._outbox.limit = max_bandwidth
+            case Switch():
+                self._told_to_switch = True
+            case Limit(max_bandwidth, max_downtime):
+                if max_bandwidth is not msgspec.UNSET:
+                    self._outbox.limit = max_bandwidth
+                if max_downtime is not msgspec.UNSET:
+                    self.max_downtime = max_downtime
