@@ -173,3 +173,11 @@ def test_several_streams_for_the_bulk_and_no_other(identities: Path) -> None:
         assert messages.bulk_of(streams) == [streams[role] for role in ("bulk", "bulk-2", "bulk-3")]
         for channel in [*ours, *streams.values()]:
             channel.close()
+
+
+def test_whoever_waits_for_the_source_looks_after_something_else(door: Door) -> None:
+    def look() -> None:
+        raise OutboardError("the VM has ended")
+
+    with pytest.raises(OutboardError, match="the VM has ended"):
+        door.admission.streams(look)

@@ -418,15 +418,22 @@ def _incoming(
         commit=lambda: verdicts.commit(work.prepare.migration),
         note_arrived=lambda message: verdicts.note_arrived(work.prepare.migration, message),
         images=images,
-        reopen=lambda: _reopen(work, record.directory, identity),
+        reopen=lambda: _reopen(work, record.directory, identity, guest),
     )
 
 
-def _reopen(work: Receive, directory: Path, identity: Path) -> dict[str, Channel]:
+def _reopen(work: Receive, directory: Path, identity: Path, guest: Guest) -> dict[str, Channel]:
     """Wait until the source calls again, and let its streams in.
 
     Where to call, and with which tokens, lies in the VM's directory for the agent to tell.
+
+    :raise OutboardError: its QEMU has ended meanwhile.
     """
+
+    def look() -> None:
+        if not pidfd.alive(guest.pid):
+            raise OutboardError(f"QEMU of {guest.name}, process {guest.pid}, has ended at the destination")
+
     place, draft = directory / REOPENED, directory / f"{REOPENED}.new"
     tokens = TokenBook(time.monotonic)
     with (
@@ -438,7 +445,7 @@ def _reopen(work: Receive, directory: Path, identity: Path) -> dict[str, Channel
             draft.write_bytes(messages.encode(messages.Prepared(port=listener.port, tokens=admission.issue())))
             draft.rename(place)
             try:
-                return admission.streams()
+                return admission.streams(look)
             except UnreachableError:
                 # Tokens do not live for ever.
                 continue

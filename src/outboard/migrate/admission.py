@@ -6,8 +6,9 @@ The port is open before the destination's QEMU is: the source's calls and QEMU's
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
-from outboard.errors import NotAuthorisedError, OutboardError, PeerError
+from outboard.errors import NotAuthorisedError, OutboardError, PeerError, UnreachableError
 from outboard.migrate import messages
 from outboard.migrate.messages import Hello, Prepare
 from outboard.wire.channel import Channel
@@ -15,6 +16,7 @@ from outboard.wire.tls import Listener
 from outboard.wire.token import TokenBook
 
 _STEP_S = 30.0
+_LOOK_S = 0.5
 
 
 class Admission:
@@ -48,19 +50,27 @@ class Admission:
         """A token for each of the streams."""
         return {role: self._tokens.issue(role) for role in self._roles}
 
-    def streams(self) -> dict[str, Channel]:
+    def streams(self, look: Callable[[], None] = lambda: None) -> dict[str, Channel]:
         """All of this migration's streams, by their roles.
 
+        :param look: called every now and then while nobody comes; whatever it raises ends the waiting.
         :raise UnreachableError: they did not come.
         """
         streams: dict[str, Channel] = {}
         deadline = time.monotonic() + _STEP_S
         try:
             while len(streams) < len(self._roles):
+                left = max(0.0, deadline - time.monotonic())
                 try:
                     # Anybody may call this port: who is not of this migration is turned away, and the rest waited for.
-                    channel = self._listener.accept(max(0.0, deadline - time.monotonic()), self._pages)
+                    channel = self._listener.accept(min(left, _LOOK_S), self._pages)
                 except NotAuthorisedError:
+                    continue
+                except UnreachableError:
+                    if left <= _LOOK_S:
+                        waited = f"{_STEP_S:.0f} s"
+                        raise UnreachableError(f"{self._source} did not open all streams within {waited}") from None
+                    look()
                     continue
                 try:
                     hello = messages.expect(channel.receive(_STEP_S).payload, Hello)
