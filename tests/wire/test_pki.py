@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,14 @@ def test_the_certificate_names_the_host_first_and_then_its_addresses(authority: 
 def test_no_authority(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="outboard pki init"):
         issue_host(tmp_path, tmp_path / "host", "a", [])
+
+
+@pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\nrubbish\n-----END PRIVATE KEY-----\n"])
+@pytest.mark.parametrize("file", ["ca-key.pem", "ca.pem"])
+def test_a_damaged_authority(authority: Path, tmp_path: Path, file: str, content: bytes) -> None:
+    damaged = tmp_path / "ca"
+    shutil.copytree(authority, damaged)
+    (damaged / file).write_bytes(content)
+    with pytest.raises(UsageError, match="cannot be read"):
+        issue_host(damaged, tmp_path / "host", "a", ["127.0.0.1"])
+    assert not list(tmp_path.glob("host/*"))

@@ -123,6 +123,10 @@ def issue_host(authority: Path, directory: Path, name: str, addresses: list[str]
         root = x509.load_pem_x509_certificate((authority / "ca.pem").read_bytes())
     except OSError as error:
         raise NotFoundError(f"no cluster CA in {authority}: {error}; make one with outboard pki init") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"the cluster CA in {authority} cannot be read: {error}; restore ca-key.pem and ca.pem, unencrypted"
+        ) from error
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
         raise UsageError(f"{authority / 'ca-key.pem'} holds no key of a CA that Outboard made")
     key = ec.generate_private_key(ec.SECP256R1())
