@@ -93,6 +93,7 @@ def test_what_no_guest_has_is_refused(scene: Scene) -> None:
         [(1, 1, 0)],
         [(1, 1, -4)],
         [(1, SLOTS, 1)],
+        [(1, SLOTS - 1, 5)],
         [(1, 1 << 62, 1)],
         [(1, 1 << 63, 1)],
         [(1 << 62, 1, 1 << 62)],
@@ -105,8 +106,8 @@ def test_what_no_guest_has_is_refused(scene: Scene) -> None:
     for order in (Unshare([(0, PAGES + 1)]), Unshare([(1 << 62, 1)]), Rebuild([-1]), Rebuild([1 << 60])):
         with pytest.raises(UsageError, match="has no such pages"):
             scene.moved(order)
-    # The last slots of the pool, of which some are not there.
-    assert scene.share((1, SLOTS - 1, 5)) == 0
+    # The last slots of the pool, which hold nothing.
+    assert scene.share((1, SLOTS - 5, 5)) == 0
     assert scene.vm.total() == SUM
 
 

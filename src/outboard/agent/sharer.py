@@ -170,7 +170,7 @@ class Sharer:
         self._set([(first, count) for first, _, count in spans.tolist()])
         if spans.size and (int(spans[:, 1].min()) < 0 or int(spans[:, 2].min()) < 1):
             raise UsageError("a slot of a sharing pool is a number from 0 on, and so many are 1 at least")
-        if spans.size and int(spans[:, 1].max()) >= SLOTS:
+        if (spans[:, 1] > SLOTS - spans[:, 2]).any():
             raise UsageError(f"a sharing pool has {SLOTS} slots")
         return spans
 
