@@ -38,3 +38,11 @@ def test_a_trigger_waits() -> None:
         trigger.close()
     with pytest.raises(KernelError, match="trigger of 1 us in 1 us"):
         psi.Trigger(1, 1)
+
+
+def test_the_share_of_the_last_ten_seconds(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_text("some avg10=12.50 avg60=0.50 avg300=0.00 total=1\nfull avg10=7.00 avg60=0.00 avg300=0.00 total=7\n")
+    assert psi.stalled_share(path) == 12.5
+    with pytest.raises(KernelError, match="read of"):
+        psi.stalled_share(tmp_path / "none")

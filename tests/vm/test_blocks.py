@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,4 +82,34 @@ def test_what_the_disk_holds_is_found_sent_as_references_and_dropped(vm: Vm, ima
     done = vm.cluster.b.outboard("migrate", vm.name, "a", "--blocks", "off", "-o", "ndjson")
     assert done.returncode == 0, done.stderr
     assert summary_of(done.stdout)["pages_by_block"] == 0
+    vm.verify("a")
+
+
+def test_a_snapshot_refers_to_the_disk_and_is_restored_from_there(vm: Vm) -> None:
+    host = vm.cluster.a
+    read = vm.run("a", READ)
+    vm.write(mebibytes=16)
+    assert told(host, "blocks", vm.name)["fixed"] > 12 * MIB
+    away = told(host, "evict", vm.name, "--idle", "1")
+    assert away["disk"] > 12 * MIB
+    # While the image is taken it reads what was left to the disk, and writes.
+    vm.run("a", f"(while :; do {READ} > /tmp/read; done) >/dev/null 2>&1 & echo $! > /tmp/reader")
+    taken = told(host, "snapshot", "create", vm.name)
+    vm.run("a", "kill $(cat /tmp/reader)")
+    assert taken["referred"] > 12 * MIB
+    assert taken["file"] < taken["new"] + 4 * MIB
+    assert taken["zero"] + taken["new"] + taken["referred"] <= taken["memory"]
+    vm.verify("a")
+    assert told(host, "snapshot", "verify", taken["id"])["files"] == 1
+    clone = copy.copy(vm)
+    clone.name = f"{vm.name}-again"
+    try:
+        assert told(host, "snapshot", "restore", taken["id"], "--name", clone.name)["running"]
+        clone.verify("a")
+        assert clone.run("a", READ) == read
+    finally:
+        host.outboard("stop", clone.name)
+    # The VM itself goes on, its pages where they were.
+    assert vm.run("a", READ) == read
+    assert told(host, "release", vm.name)["disk"] == 0
     vm.verify("a")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import select
 import shutil
 import time
@@ -36,8 +35,8 @@ from outboard.agent.manager import LAYOUT
 from outboard.agent.orders import DropZeros, Failed, Look, Looked, ReadRound, Rebuild, Share, Tidy, Unshare, ask
 from outboard.agent.orders import Order as EngineOrder
 from outboard.agent.sharer import domain_directory, pool_path
-from outboard.errors import NotFoundError, OutboardError, RefusedError, UnreachableError, error_of
-from outboard.linux import proc
+from outboard.errors import KernelError, NotFoundError, OutboardError, RefusedError, UnreachableError, error_of
+from outboard.linux import proc, psi
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet, Runs
 from outboard.pages.residency import Residency, Where
@@ -128,6 +127,7 @@ class EngineMember:
         if layout is None:
             raise NotFoundError(f"the memory of {record.name} is not managed")
         self.name = record.name
+        self._layout = layout
         self._domain = domain
         self.control = record.memory_directory / CONTROL
         self._guest = layout.guest()
@@ -150,6 +150,11 @@ class EngineMember:
 
     def populated(self) -> PageSet:
         return self._guest.memory.populated()
+
+    @property
+    def managed(self) -> bool:
+        """Whether this guest still runs, and is managed: another may have its name by now."""
+        return self.control.exists() and self._layout.alive
 
     def order(self, order: EngineOrder) -> Looked:
         """Tell its engine something."""
@@ -197,6 +202,9 @@ class Running:
             self._lock = _only_one(self._directory, work.domain)
             undo.callback(os.close, self._lock)
             self._pool_path = pool_path(registry.root, work.domain)
+            if wanted_of(self._directory) is None:
+                # Nobody has shared anything yet: what cannot begin leaves nothing.
+                undo.callback(_remove, self._directory, self._pool_path)
             self._pool = Pool(self._pool_path, np.random.default_rng())
             undo.callback(self._pool.close)
             self._members: list[EngineMember] = []
@@ -209,7 +217,7 @@ class Running:
             self._pool.retain(self._domain.slots())
             self._listener = listen(self._directory / CONTROL)
             undo.callback(self._listener.close)
-            (self._directory / WANTED).write_bytes(msgspec.json.encode(work))
+            _keep(work, self._directory)
             undo.pop_all()
         self._found = Found(0, 0, 0, 0, 0)
         self._scans = 0
@@ -267,13 +275,12 @@ class Running:
 
     def _end(self) -> None:
         self._listener.close()
-        self._pool_path.unlink(missing_ok=True)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        _remove(self._directory, self._pool_path)
         os.close(self._lock)
 
     def _part(self) -> None:
         """Part with guests that have ended, or were released: their engines have left nothing."""
-        for member in [one for one in self._members if not _managed(one)]:
+        for member in [one for one in self._members if not one.managed]:
             log.info("a VM shares no more", vm=member.name, domain=self._work.domain)
             self._members.remove(member)
             self._domain.leave(member.name)
@@ -319,7 +326,7 @@ class Running:
             try:
                 member.order(Unshare())
             except UnreachableError:
-                if _managed(member):
+                if member.managed:
                     raise
         self._pool.retain(self._domain.slots())
         return self._told()
@@ -357,17 +364,45 @@ class Running:
 
 
 def _pressure() -> Pressure:
+    stalled = 0.0
+    # A kernel without PSI, or that was started with psi=0.
+    with contextlib.suppress(KernelError):
+        stalled = psi.stalled_share()
+    return Pressure(proc.meminfo()["MemAvailable"], stalled)
+
+
+def _remove(directory: Path, pool: Path) -> None:
+    # First what says that the domain is to share: whoever ends here is not begun again.
+    (directory / WANTED).unlink(missing_ok=True)
+    pool.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _keep(work: Sharing, directory: Path) -> None:
+    fresh = directory / f"{WANTED}.new"
+    fresh.write_bytes(msgspec.json.encode(work))
+    fresh.rename(directory / WANTED)
+
+
+def wanted_of(directory: Path) -> Sharing | None:
+    """What the domain whose directory this is was started with; None if it is not to share any more."""
     try:
-        text = Path("/proc/pressure/memory").read_text()
-    except OSError:
-        # A kernel without PSI, or that was started with psi=0.
-        text = ""
-    stalled = re.search(r"^some avg10=([0-9.]+)", text)
-    return Pressure(proc.meminfo()["MemAvailable"], float(stalled[1]) if stalled else 0.0)
+        return msgspec.json.decode((directory / WANTED).read_bytes(), type=Sharing)
+    except FileNotFoundError:
+        return None
 
 
-def _managed(member: EngineMember) -> bool:
-    return member.control.exists()
+def forget(root: Path, domain: str) -> None:
+    """Remove what a domain has left whose VMs have all ended, and whose process died.
+
+    :raise RefusedError: ``sharing``: a process has it.
+    """
+    directory = domain_directory(root, domain)
+    # It may have gone meanwhile, told to stop.
+    with contextlib.suppress(FileNotFoundError):
+        lock = _only_one(directory, domain)
+        _remove(directory, pool_path(root, domain))
+        os.close(lock)
 
 
 def _only_one(directory: Path, domain: str) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from outboard.agent.engine import Task, run_engine
+from outboard.agent.engine import Managing, Refused, Task, run_engine
+from outboard.errors import UnreachableError, error_of
 from outboard.vmm.registry import Registry
 
 
@@ -45,6 +46,26 @@ class Engines:
         # Reaped when it ends; the agent does not wait for it.
         threading.Thread(target=engine.join, daemon=True).start()
         return ours
+
+
+def first_answer(pipe: Connection, patience_s: float, who: str) -> int:
+    """Wait until an engine that was just started serves; its pid. The pipe is closed.
+
+    :param who: it, in words.
+    :raise UnreachableError: it died, or did not answer in ``patience_s`` seconds.
+    :raise OutboardError: it could not begin, and why.
+    """
+    try:
+        if not pipe.poll(patience_s):
+            raise UnreachableError(f"{who} was not ready in {patience_s:g} s")
+        answer: Managing | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Managing | Refused)
+    except (EOFError, OSError) as error:
+        raise UnreachableError(f"{who} died at once; the agent's log may say why") from error
+    finally:
+        pipe.close()
+    if isinstance(answer, Refused):
+        raise error_of(answer.exit_code, answer.why)
+    return answer.engine
 
 
 def _nothing() -> None:

@@ -25,6 +25,7 @@ from outboard.pager.overlay import Overlay
 from outboard.pager.pager import Pager
 from outboard.pages import LARGE, PAGE_SIZE
 from outboard.pages.pageset import PageSet
+from outboard.sharing.pool import SLOTS
 from outboard.sharing.reads import Reads, Watch
 
 _NAMED = "sharing"
@@ -169,6 +170,8 @@ class Sharer:
         self._set([(first, count) for first, _, count in spans.tolist()])
         if spans.size and (int(spans[:, 1].min()) < 0 or int(spans[:, 2].min()) < 1):
             raise UsageError("a slot of a sharing pool is a number from 0 on, and so many are 1 at least")
+        if (spans[:, 1] > SLOTS - spans[:, 2]).any():
+            raise UsageError(f"a sharing pool has {SLOTS} slots")
         return spans
 
     def _unshare(self, order: Unshare) -> int:
@@ -178,6 +181,7 @@ class Sharer:
         count = 0 if overlay is None else len(overlay.shared())
         self._pager.stop_sharing()
         self._named.unlink(missing_ok=True)
+        self._zapped = PageSet(self._pages)
         return count
 
     def _read_round(self, order: ReadRound) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -11,15 +12,16 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from outboard.agent.domains import WANTED, Sharing, Tell, active, ask_domain
-from outboard.agent.engine import Managing, Refused
+from outboard.agent.domains import Sharing, Tell, active, ask_domain, forget, wanted_of
+from outboard.agent.engines import first_answer
 from outboard.agent.sharer import domain_directory
-from outboard.errors import KernelError, OutboardError, RefusedError, UnreachableError, error_of
+from outboard.errors import KernelError, OutboardError, RefusedError
 from outboard.linux import pidfd
 from outboard.sharing.inside import Thresholds
 from outboard.vmm.registry import Registry
 
 _READY_S = 60.0
+_RETRY_S = 1.0
 
 log = structlog.get_logger()
 
@@ -66,7 +68,8 @@ class SharingDomains:
         if not vms:
             vms = (self._registry.get(name).name,)
         for other in active(self._registry.root):
-            taken = set(msgspec.json.decode((other / WANTED).read_bytes(), type=Sharing).vms) & set(vms)
+            work = wanted_of(other)
+            taken = set() if work is None else set(work.vms) & set(vms)
             if taken and other.name != name:
                 raise RefusedError("sharing", f"{', '.join(sorted(taken))}: shared in the domain {other.name} already")
         with self._locks[name]:
@@ -75,23 +78,11 @@ class SharingDomains:
     def _run(self, work: Sharing) -> int:
         for vm in work.vms:
             self._manage(vm)
-        pipe = self._start(work)
-        try:
-            if not pipe.poll(_READY_S):
-                raise UnreachableError(f"the process of the sharing domain {work.domain} was not ready in {_READY_S} s")
-            answer: Managing | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Managing | Refused)
-        except (EOFError, OSError) as error:
-            raise UnreachableError(
-                f"the process of the sharing domain {work.domain} died at once; the agent's log may say why"
-            ) from error
-        finally:
-            pipe.close()
-        if isinstance(answer, Refused):
-            raise error_of(answer.exit_code, answer.why)
-        log.info("pages are shared", domain=work.domain, process=answer.engine)
+        process = first_answer(self._start(work), _READY_S, f"the process of the sharing domain {work.domain}")
+        log.info("pages are shared", domain=work.domain, process=process)
         directory = domain_directory(self._registry.root, work.domain)
-        threading.Thread(target=self._watch, args=(directory, answer.engine), daemon=True).start()
-        return answer.engine
+        threading.Thread(target=self._watch, args=(directory, process), daemon=True).start()
+        return process
 
     def _watch(self, directory: Path, process: int) -> None:
         """Wait for the end of a domain's process; one that was not told to stop has another take its place."""
@@ -105,15 +96,29 @@ class SharingDomains:
         self._replace(directory)
 
     def _replace(self, directory: Path) -> None:
-        try:
-            work = msgspec.json.decode((directory / WANTED).read_bytes(), type=Sharing)
+        while (work := wanted_of(directory)) is not None:
             # What VMs are left of it goes on; those that have ended share nothing.
             alive = tuple(record.name for record in self._registry.list() if record.alive and record.name in work.vms)
-            if alive:
-                log.warning("the process of a sharing domain died, another takes over", domain=work.domain)
+            try:
                 with self._locks[work.domain]:
-                    self._run(msgspec.structs.replace(work, vms=alive))
-        except FileNotFoundError:
-            log.info("pages are shared no more", domain=directory.name)
-        except OutboardError as error:
-            log.error("a sharing domain has no process", domain=directory.name, why=str(error))
+                    if _answers(directory):
+                        # It was begun again meanwhile, and is watched by whoever did.
+                        return
+                    if alive:
+                        log.warning("the process of a sharing domain died, another takes over", domain=work.domain)
+                        self._run(msgspec.structs.replace(work, vms=alive))
+                        return
+                    forget(self._registry.root, work.domain)
+            except OutboardError as error:
+                # What is in the way may be mended: an engine that is being replaced too, or want of memory.
+                log.error("a sharing domain has no process", domain=directory.name, why=str(error))
+                time.sleep(_RETRY_S)
+        log.info("pages are shared no more", domain=directory.name)
+
+
+def _answers(directory: Path) -> bool:
+    try:
+        ask_domain(directory, Tell())
+    except OutboardError:
+        return False
+    return True

@@ -19,13 +19,14 @@ import msgspec
 import structlog
 
 from outboard.agent.config import AgentConfig, snapshot_dir
-from outboard.agent.engine import ARRIVING, Manage, Managing, Refused, Restore, end_broken
+from outboard.agent.engine import ARRIVING, Manage, Restore, end_broken
+from outboard.agent.engines import first_answer
 from outboard.agent.holding import CONTROL
 from outboard.agent.orders import Look, ask
 from outboard.agent.promises import pools_of, promises
 from outboard.agent.restoring import is_broken
 from outboard.agent.swapping import PlainSwap, ReservedSwap, Swapping
-from outboard.errors import KernelError, NotFoundError, OutboardError, UnreachableError, error_of
+from outboard.errors import KernelError, NotFoundError, OutboardError, UnreachableError
 from outboard.linux import pidfd
 from outboard.stores.reservation import Reservation
 from outboard.stores.snapshot import open_chain
@@ -140,20 +141,9 @@ class Supervisor:
 
     def _answer(self, pipe: Connection, patience_s: float, vm: str) -> int:
         """Wait until an engine manages ``vm``; its pid."""
-        try:
-            if not pipe.poll(patience_s):
-                raise UnreachableError(f"no engine was ready to manage {vm} in {patience_s:.0f} s")
-            answer: Managing | Refused = msgspec.json.decode(pipe.recv_bytes(), type=Managing | Refused)
-        except (EOFError, OSError) as error:
-            raise UnreachableError(
-                f"the engine that was to manage {vm} died at once; the agent's log may say why"
-            ) from error
-        finally:
-            pipe.close()
-        if isinstance(answer, Refused):
-            raise error_of(answer.exit_code, answer.why)
-        log.info("memory is managed", vm=vm, engine=answer.engine)
-        return answer.engine
+        engine = first_answer(pipe, patience_s, f"the engine that was to manage {vm}")
+        log.info("memory is managed", vm=vm, engine=engine)
+        return engine
 
     def _admit(self, vm: str) -> None:
         """A VM that was started before anything was reserved is looked at when it is first managed.

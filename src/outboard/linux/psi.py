@@ -29,12 +29,25 @@ def stalled_us(path: Path = MEMORY) -> tuple[int, int]:
 
     :raise KernelError: the kernel does not tell.
     """
+    totals = {kind: int(told["total"]) for kind, told in _read(path).items()}
+    return totals["some"], totals.get("full", 0)
+
+
+def stalled_share(path: Path = MEMORY) -> float:
+    """For how many per cent of the last 10 s some task has waited for memory.
+
+    :raise KernelError: the kernel does not tell.
+    """
+    return float(_read(path)["some"]["avg10"])
+
+
+def _read(path: Path) -> dict[str, dict[str, str]]:
+    """What the kernel tells, by ``some`` and ``full``."""
     try:
-        lines = path.read_text().splitlines()
+        lines = [line.split() for line in path.read_text().splitlines()]
     except OSError as error:
         raise KernelError(f"read of {path}", error.errno or 0) from error
-    totals = {line.split()[0]: int(line.rpartition("total=")[2]) for line in lines}
-    return totals["some"], totals.get("full", 0)
+    return {kind: dict(word.split("=") for word in words) for kind, *words in lines}
 
 
 class Trigger:

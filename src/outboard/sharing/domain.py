@@ -129,10 +129,25 @@ class Domain:
         self.broken = [self.broken[index] for index in kept]
 
     def scan(self) -> Found:
-        """Digest every member's resident pages, and say what could be shared."""
-        for member, known in zip(self.members, self._digests, strict=True):
+        """Digest every member's resident pages, and say what could be shared.
+
+        :raise KernelError: a member's memory cannot be read.
+        """
+        for index in range(len(self.members)):
+            self._digest(index)
+        return self._judge()
+
+    def _digest(self, index: int) -> int:
+        member, known = self.members[index], self._digests[index]
+        try:
             known.scan(member.regions(), PageSet.from_mask(member.where == Where.RESIDENT) & member.populated())
-        self._large = [member.large() for member in self.members]
+            self._large[index] = member.large()
+        except OutboardError:
+            known.forget()
+            raise
+        return 0
+
+    def _judge(self) -> Found:
         # What changed from one scan to the next was touched; who only reads does not show.
         changed = [by_block(~known.stable & (known.now != NO_DIGEST)) for known in self._digests]
         self._heat = [before / 2 + now for before, now in zip(self._heat, changed, strict=True)]
@@ -224,14 +239,15 @@ class Domain:
         return self._pool_digests
 
     def round(self) -> Round:
-        """Scan, and share what can be shared."""
+        """Scan, and share what can be shared; a member that fails keeps no other from it."""
         failures: dict[str, str] = {}
         tidied = self._each(failures, lambda index: self.members[index].tidy())
         freed = self._pool.retain(self.slots())
-        found = self.scan()
+        self._each(failures, self._digest)
+        found = self._judge()
         chosen = self._candidates()
         zeros = self._each(failures, self._drop_zeros)
-        spans = self._place(chosen)
+        spans = self._place(chosen, failures)
         shared = self._each(failures, lambda index: self._share(index, spans[index]))
         freed += self._pool.retain(self.slots())
         return Round(found, shared, zeros, tidied, freed, failures)
@@ -257,22 +273,36 @@ class Domain:
         named = [member.locator[member.where == Where.SHARED] for member in self.members]
         return np.unique(np.concatenate(named)).astype(np.int64) if named else np.empty(0, dtype=np.int64)
 
-    def _place(self, chosen: list[NDArray[np.int64]]) -> list[Spans]:
+    def _place(self, chosen: list[NDArray[np.int64]], failures: dict[str, str]) -> list[Spans]:
         """Put contents into the pool that are there more than once; by member, which pages to map from where."""
-        known = [self._contents(member, pages) for member, pages in zip(self.members, chosen, strict=True)]
+        known: list[list[bytes]] = [[] for _ in self.members]
+
+        def learn(index: int) -> int:
+            known[index] = self._contents(self.members[index], chosen[index])
+            return 0
+
+        self._each(failures, learn)
         counts: dict[bytes, int] = {}
         for digests_here in known:
             for digest in digests_here:
                 counts[digest] = counts.get(digest, 0) + 1
-        spans: list[Spans] = []
-        for member, pages, digests_here in zip(self.members, chosen, known, strict=True):
-            wanted = [counts[digest] > 1 or self._pool.find(digest) >= 0 for digest in digests_here]
-            kept = [digest for digest, one in zip(digests_here, wanted, strict=True) if one]
+        spans: list[Spans] = [np.empty((0, 3), dtype=np.int64) for _ in self.members]
+
+        def put(index: int) -> int:
+            # Of a member that could not be read nothing is known.
+            pages = chosen[index][: len(known[index])]
+            wanted = [counts[digest] > 1 or self._pool.find(digest) >= 0 for digest in known[index]]
+            kept = [digest for digest, one in zip(known[index], wanted, strict=True) if one]
             numbers = pages[np.array(wanted, dtype=np.bool_)]
-            self._put(member, numbers, kept)
-            slots = np.array([self._pool.find(digest) for digest in kept], dtype=np.int64)
-            # What could not be put, or has changed since, has none.
-            spans.append(spans_of(numbers[slots >= 0], slots[slots >= 0]))
+            try:
+                self._put(self.members[index], numbers, kept)
+            finally:
+                slots = np.array([self._pool.find(digest) for digest in kept], dtype=np.int64)
+                # What could not be put, or has changed since, has none.
+                spans[index] = spans_of(numbers[slots >= 0], slots[slots >= 0])
+            return 0
+
+        self._each(failures, put)
         return spans
 
     def _contents(self, member: Member, pages: NDArray[np.int64]) -> list[bytes]:

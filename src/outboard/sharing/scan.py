@@ -116,6 +116,11 @@ class Digests:
         self._pages += len(pages)
         self._seconds += time.thread_time() - began
 
+    def forget(self) -> None:
+        """No page has a digest: what is scanned next is as if it were scanned first."""
+        self.now = np.full_like(self.now, NO_DIGEST)
+        self.stable = np.zeros_like(self.stable)
+
     def zeros(self) -> PageSet:
         """The pages that were zeros, twice; to be looked at before anything is done to them."""
         return PageSet.from_mask(self.stable & (self.now == self.of_zeros))

@@ -42,9 +42,17 @@ class Layout(msgspec.Struct, frozen=True):
         """What :meth:`keep` has written, if that guest still runs."""
         try:
             layout = msgspec.json.decode(path.read_bytes(), type=cls)
-            return layout if proc.start_time(layout.pid) == layout.start_time else None
-        except (FileNotFoundError, KernelError):
+        except FileNotFoundError:
             return None
+        return layout if layout.alive else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether that guest still runs."""
+        try:
+            return proc.start_time(self.pid) == self.start_time
+        except KernelError:
+            return False
 
     def guest(self) -> Guest:
         """The guest: its memory and threads, without a monitor.
