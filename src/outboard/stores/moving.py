@@ -23,10 +23,11 @@ _TRIAL = 16 * PAGE_SIZE
 
 
 class Way(Enum):
-    """How a unit moves between the reservation and a swap file."""
+    """How a unit gets from the reservation to a swap file."""
 
     EXCHANGE = "exchange"
     CLONE = "clone"
+    LEND = "lend"
     ALLOCATE = "allocate"
 
 
@@ -47,9 +48,10 @@ def require_file_system(directory: Path, fd: int) -> None:
     raise RefusedError("swap-file-system", f"{directory} {why}; put the swap reservation on ext4 or XFS")
 
 
-def way_of(directory: Path) -> Way:
+def way_of(directory: Path, *, thin: bool) -> Way:
     """What the file system of a directory can do: it is tried, on files without a name.
 
+    :param thin: where no block can move, swap files get others, instead of being lent units where they lie.
     :raise KernelError: it cannot even do that.
     """
     one = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
@@ -66,7 +68,7 @@ def way_of(directory: Path) -> Way:
                     raise
             else:
                 return way
-        return Way.ALLOCATE
+        return Way.ALLOCATE if thin else Way.LEND
     finally:
         os.close(one)
         os.close(other)
