@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -12,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from outboard.errors import OutboardError, RefusedError, StoreFullError
+from outboard.errors import KernelError, OutboardError, RefusedError, StoreFullError
 from outboard.linux import fallocate, fiemap
-from outboard.stores.moving import UNIT
+from outboard.stores.moving import UNIT, Way
 from outboard.stores.reservation import SPARE, Reservation, SwapFile
 from tests.support.loops import fill, mounted, reserve
 from tests.support.requirements import require
@@ -170,6 +171,43 @@ def test_on_a_full_disk_what_cannot_move_is_lent(place: Path) -> None:
     now = reservation.statistics()
     assert (now.lost, now.lent, now.blocks) == (0, 0, before)
     os.close(again.fd)
+    reservation.close()
+
+
+def test_who_died_over_a_move_is_cleaned_up_after_on_a_full_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = place / "swap"
+    reservation = reserve(directory, 24 * MIB)
+    file = reservation.open("web", 24)
+    before = blocks(directory)
+
+    class Death(BaseException):
+        pass
+
+    # The unit is in both files, or in the one; and for want of free blocks XFS punches no hole.
+    def die(*_: object) -> None:
+        raise Death
+
+    refused = []
+
+    def punch_as_xfs_does(fd: int, offset: int, length: int) -> None:
+        if not refused and (directory / "ballast").stat().st_size:
+            refused.append(offset)
+            raise KernelError("fallocate(PUNCH_HOLE)", errno.ENOSPC)
+        punch(fd, offset, length)
+
+    punch = fallocate.punch
+    monkeypatch.setattr(fallocate, "punch", die)
+    monkeypatch.setattr(Reservation, "_balance", die)
+    with pytest.raises(Death):
+        reservation.take(file, 3, NOTHING)
+    monkeypatch.undo()
+    fill(place)
+    monkeypatch.setattr(fallocate, "punch", punch_as_xfs_does)
+    reservation.discard("web")
+    assert blocks(directory) == before
+    assert reservation.statistics().lost == 0
+    assert bool(refused) == (reservation.way is not Way.EXCHANGE)
+    os.close(file.fd)
     reservation.close()
 
 

@@ -101,7 +101,7 @@ def move(way: Way, source: int, at: int, target: int, to: int, make_room: Callab
     :param make_room: called where the file system wants some for its own books, for a moment.
     """
     if way is Way.ALLOCATE:
-        return _allocate_and_punch(source, at, target, to)
+        return _allocate_and_punch(source, at, target, to, make_room)
     for one in (way, Way.CLONE):
         for _ in range(2):
             try:
@@ -109,20 +109,31 @@ def move(way: Way, source: int, at: int, target: int, to: int, make_room: Callab
                     xfs.exchange(source, at * UNIT, target, to * UNIT, UNIT)
                 else:
                     reflink.clone(source, at * UNIT, target, to * UNIT, UNIT)
-                    fallocate.punch(source, at * UNIT, UNIT)
+                    punch(source, at, make_room)
             except KernelError as error:
                 if error.errno not in (*NO_ROOM, errno.EOPNOTSUPP):
                     raise
                 if mapped(source, at) == 0 and is_mapped(target, to):
                     return True
-                fallocate.punch(target, to * UNIT, UNIT)
                 make_room()
+                punch(target, to, make_room)
             else:
                 return True
     return False
 
 
-def _allocate_and_punch(source: int, at: int, target: int, to: int) -> bool:
+def punch(fd: int, unit: int, make_room: Callable[[], None]) -> None:
+    """Let go of a unit's blocks; for its own books XFS wants a few free ones even for that."""
+    try:
+        fallocate.punch(fd, unit * UNIT, UNIT)
+    except KernelError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        make_room()
+        fallocate.punch(fd, unit * UNIT, UNIT)
+
+
+def _allocate_and_punch(source: int, at: int, target: int, to: int, make_room: Callable[[], None]) -> bool:
     try:
         fallocate.allocate(target, to * UNIT, UNIT)
     except KernelError as error:
@@ -130,7 +141,7 @@ def _allocate_and_punch(source: int, at: int, target: int, to: int) -> bool:
             raise
     # ext4 has been seen to say that there was no room, and to have found it.
     if not is_mapped(target, to):
-        fallocate.punch(target, to * UNIT, UNIT)
+        punch(target, to, make_room)
         return False
-    fallocate.punch(source, at * UNIT, UNIT)
+    punch(source, at, make_room)
     return True

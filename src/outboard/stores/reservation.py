@@ -21,7 +21,7 @@ empty goes back, and the blocks of all files together stay the same. How a unit 
 * *allocate* (the same, where swap files are to be ``thin``): a unit is allocated in the swap file, then one is punched
   out of the reservation; between the two steps there is one more. In the other order a block would be nobody's for a
   moment, and whoever writes to a full disk could snatch it. Both steps, and the first write to new blocks, are changes
-  of the file system's own books: swapping out is three times slower.
+  of the file system's own books: swapping out is about three times slower.
 
 A full disk may have no room for what a move needs. It does not matter: where a unit cannot move it is lent. Only where
 a swap file is removed, or somebody has died over a move, on a full disk, blocks are free for a moment; what is snatched
@@ -249,7 +249,7 @@ class Reservation:
                     self._fill(fd, intent.unit)
                 else:
                     theirs = False
-                    fallocate.punch(fd, intent.unit * UNIT, UNIT)
+                    self._punch(fd, intent.unit)
         self._map[k] = _GONE
         if not theirs:
             self._restore(k)
@@ -276,8 +276,15 @@ class Reservation:
             # ext4 gives out what was punched when its journal has been committed.
             os.fsync(self._ours)
             os.fsync(fd)
-        fallocate.punch(fd, unit * UNIT, UNIT)
+        self._punch(fd, unit)
         return False
+
+    def _punch(self, fd: int, unit: int) -> None:
+        moving.punch(fd, unit, self._make_room)
+
+    def _make_room(self) -> None:
+        """Leave the disk what the ballast has; :meth:`_balance` has it back."""
+        os.ftruncate(self._ballast, 0)
 
     def _fill(self, fd: int, unit: int) -> None:
         """Write a unit that is allocated only."""
@@ -334,7 +341,7 @@ class Reservation:
         return first
 
     def _move(self, source: int, at: int, target: int, to: int) -> bool:
-        return moving.move(self.way, source, at, target, to, lambda: os.ftruncate(self._ballast, 0))
+        return moving.move(self.way, source, at, target, to, self._make_room)
 
     def give_back(self, file: SwapFile, units: list[int]) -> list[int]:
         """Take units of a swap file back that no page is in; those that came, on a full disk perhaps not all."""
@@ -345,7 +352,7 @@ class Reservation:
         """Move a unit out of a swap file; ``by_force``: rather lose it than leave it there."""
         if not self._count(_GONE):
             # Of a move that a power cut has doubled.
-            fallocate.punch(fd, unit * UNIT, UNIT)
+            self._punch(fd, unit)
             return True
         k = self._first(_GONE)
         with self._intending(name, unit, k):
@@ -353,7 +360,7 @@ class Reservation:
             if came:
                 self._map[k] = _HERE
             elif by_force:
-                fallocate.punch(fd, unit * UNIT, UNIT)
+                self._punch(fd, unit)
                 self._restore(k)
             self._balance()
         return came or by_force
@@ -443,7 +450,7 @@ class Reservation:
                         raise KernelError(f"open of the swap file {path}", error.errno or errno.EIO) from error
                     if attempt:
                         raise StoreFullError(f"the disk of {path} is full: the swap file cannot be made") from error
-                    os.ftruncate(self._ballast, 0)
+                    self._make_room()
             self._balance()
             return SwapFile(name, fd, os.fstat(fd).st_ino)
 
