@@ -56,7 +56,8 @@ class _Process:
         self._swap = ReservedSwap(str(disk / "swap"), _RESERVED, name)
         self._target = Target("memfd", _MIB)
         self._engines = multiprocessing.get_context("forkserver")
-        self._engines.set_forkserver_preload(["bench.engines"])
+        # Each engine runs this module again, as multiprocessing does; what it imports is there already.
+        self._engines.set_forkserver_preload(["bench.engines", "bench.chaos_swap"])
         self.control = self._directory / "memory" / CONTROL
         self._target.ask("g")
 
@@ -234,7 +235,7 @@ def main(kills: int, seconds: float, kind: str, guest: bool, seed: int | None, f
         claim(f"{kind}: checks at which blocks were others than reserved", len(odd), 0, "", checks),
         claim(f"{kind}: orders refused", len(failures), 0, "", kills),
         claim(f"{kind}: what is wrong in memory", wrong, 0, "", kills),
-        claim(f"{kind}: recovery, median", statistics.median(took), 1000, "ms", len(took)),
+        claim(f"{kind}: recovery, median", statistics.median(took), 300, "ms", len(took)),
     ]
     publish(claims, file, Console())
     sys.exit(0 if all(each.met for each in claims) else 1)

@@ -51,7 +51,7 @@ def test_a_swap_reservation_is_looked_at(tmp_path: Path, monkeypatch: pytest.Mon
     assert "to be reserved in" in finding.found
     Reservation(place, 8 << 20).close()
     (finding,) = setup_checks.swap()
-    assert (finding.verdict, "8 MiB reserved, blocks move by" in finding.found) == (Verdict.OK, True)
+    assert (finding.verdict, "8 MiB reserved, units are got by" in finding.found) == (Verdict.OK, True)
     file.write_text(file.read_text().replace("8MiB", "9MiB"))
     (finding,) = setup_checks.swap()
     assert (finding.verdict, "9 MiB are not reserved" in finding.found) == (Verdict.REFUSED, True)

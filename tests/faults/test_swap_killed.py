@@ -13,7 +13,7 @@ from outboard.stores.moving import UNIT_PAGES
 from outboard.stores.reservation import Reservation
 from outboard.stores.swap import SwapStore
 from tests.support.killing import killed_at
-from tests.support.loops import KINDS, fill, mounted
+from tests.support.loops import KINDS, fill, mounted, reserve
 from tests.support.requirements import require
 
 pytestmark = pytest.mark.slow
@@ -34,10 +34,10 @@ class Scene:
         self.engage()
         self.kept = self.store.put(content(200))
         self.blocks = self.count()
-        assert self.store.lent[0] == 1
+        assert self.store.lent[0] == (2 if disk.name == "ext4" else 1)
 
     def engage(self) -> None:
-        self.store = SwapStore(Reservation(self.directory, SIZE), "web", 4 * UNIT_PAGES, self.beside)
+        self.store = SwapStore(reserve(self.directory, SIZE), "web", 4 * UNIT_PAGES, self.beside)
 
     def count(self) -> int:
         found = [self.directory / "reservation", self.directory / "ballast", *(self.directory / "vms").iterdir()]
@@ -60,11 +60,12 @@ class Scene:
         self.store.close()
         with_it = Reservation(self.directory, SIZE)
         now = with_it.statistics()
-        assert (now.moved, now.lent, now.lost, now.blocks) == (1 << 20, 0, 0, now.blocks_reserved)
+        kept = (0, 1 << 20) if self.directory.parent.name == "ext4" else (1 << 20, 0)
+        assert (now.moved, now.lent, now.lost, now.blocks) == (*kept, 0, now.blocks_reserved)
         with_it.close()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=(*KINDS, "ext4-thin"))
 def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
     require("root", "loop-file-systems")
     with mounted(request.param, tmp_path) as disk:
@@ -92,7 +93,7 @@ def test_while_units_are_given_back(scene: Scene) -> None:
         scene.engage()
         scene.take()
 
-    assert kills(scene, prepare, scene.give) > 20
+    assert kills(scene, prepare, scene.give) > 5
 
 
 def test_while_units_are_lent_on_a_full_disk(scene: Scene) -> None:
@@ -102,10 +103,10 @@ def test_while_units_are_lent_on_a_full_disk(scene: Scene) -> None:
     filler.unlink()
 
 
-@pytest.mark.parametrize("scene", ["ext4"], indirect=True)
+@pytest.mark.parametrize("scene", ["ext4-thin"], indirect=True)
 def test_while_a_swap_file_is_made_and_removed(scene: Scene) -> None:
     def work() -> None:
-        other = Reservation(scene.directory, SIZE)
+        other = reserve(scene.directory, SIZE)
         file = other.open("other", 2)
         other.take(file, 1, content(3))
         other.discard("other")

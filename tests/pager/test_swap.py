@@ -13,9 +13,8 @@ from outboard.pager.pager import Pager
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
 from outboard.stores import moving
-from outboard.stores.reservation import Reservation
 from outboard.stores.swap import SwapStore
-from tests.support.loops import fill, mounted
+from tests.support.loops import fill, mounted, reserve
 from tests.support.process_guest import guest_of
 from tests.support.requirements import require
 from tests.support.target import Target
@@ -34,7 +33,7 @@ def journal() -> Iterator[Path]:
 
 
 def engage(target: Target, disk: Path, journal: Path) -> Pager:
-    store = SwapStore(Reservation(disk / "swap", 8 << 20), "target", PAGES, journal)
+    store = SwapStore(reserve(disk / "swap", 8 << 20), "target", PAGES, journal)
     return Pager(guest_of(target), Residency(PAGES, journal), {Where.FILE: store})
 
 
@@ -43,7 +42,7 @@ def test_what_was_swapped_out_comes_back(
     tmp_path: Path, journal: Path, full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require("root", "loop-file-systems")
-    with mounted("ext4", tmp_path) as disk, Target(mebibytes=MIB) as target:
+    with mounted("ext4-thin", tmp_path) as disk, Target(mebibytes=MIB) as target:
         pager = engage(target, disk, journal)
         if full:
             fill(disk)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from outboard.errors import KernelError
 from outboard.linux import fallocate
+from outboard.stores.reservation import Reservation
 
 KINDS = ("ext4", "xfs", "xfs-exchange")
+"""File systems; :func:`mounted` knows ``ext4-thin`` too, on which the reservation is asked for thin swap files."""
 _SIZE = 320 << 20
 _INCOMPAT, _CRC, _EXCHANGE = 216, 224, 1 << 6
 
@@ -24,7 +26,7 @@ def mounted(kind: str, directory: Path, size: int = _SIZE) -> Iterator[Path]:
     image, place = directory / f"{kind}.img", directory / kind
     with image.open("wb") as file:
         file.truncate(size)
-    if kind == "ext4":
+    if kind.startswith("ext4"):
         _run("mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", str(image))
     else:
         _run("mkfs.xfs", "-q", "-f", str(image))
@@ -67,6 +69,11 @@ def _allow_exchange(image: Path) -> None:
             struct.pack_into("<I", sector, _CRC, _crc32c(bytes(sector)))
             file.seek(group * blocks * block)
             file.write(sector)
+
+
+def reserve(directory: Path, size: int) -> Reservation:
+    """A reservation on such a file system, with thin swap files on that which is named so."""
+    return Reservation(directory, size, thin="ext4-thin" in directory.parts)
 
 
 def fill(place: Path, keep: int = 0) -> Path:

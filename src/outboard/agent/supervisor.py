@@ -167,7 +167,10 @@ class Supervisor:
         """
         if self._reserved is None:
             return
-        with contextlib.closing(Reservation(self._reserved.place, self._reserved.reservation_bytes)) as reservation:
+        reserved = self._reserved
+        with contextlib.closing(
+            Reservation(reserved.place, reserved.reservation_bytes, thin=reserved.thin)
+        ) as reservation:
             for vm in sorted(reservation.names()):
                 with self._locks[vm]:
                     if not self._managed(vm):

@@ -158,7 +158,7 @@ def swap() -> Iterator[Finding]:
             mend = "correct [swap] in agent.toml"
             yield Finding("swap", Verdict.REFUSED, str(error), "no VM can be managed here", mend)
             return
-        found = f"{now.promisable >> 20} MiB reserved, blocks move by {now.way}"
+        found = f"{now.promisable >> 20} MiB reserved, units are got by {now.way}"
         if now.lost or now.blocks != now.blocks_reserved:
             short = max(now.lost, (now.blocks_reserved - now.blocks) * 512)
             follows = f"{short >> 10} KiB were snatched on a full disk; pages are put into lent units until it has room"

@@ -118,7 +118,7 @@ def status(output: str) -> None:
         print_json(found)
         return
     click.echo(
-        f"{size_text(found.reservation)} reserved in {found.directory}; blocks move by {found.way}; "
+        f"{size_text(found.reservation)} reserved in {found.directory}; units are got by {found.way}; "
         f"{found.blocks} blocks on the disk, {found.blocks_reserved} reserved"
     )
     if found.lost:

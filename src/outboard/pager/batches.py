@@ -13,12 +13,14 @@ import errno
 import os
 
 import numpy as np
+import numpy.ma  # noqa: F401  # numba does at its first call: engines are forked with it, and guests wait for those
 from numba import njit, types
 from numpy.typing import NDArray
 
 from outboard.linux import fallocate, native
 from outboard.linux.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE, UFFDIO_WRITEPROTECT
 from outboard.pages import PAGE_SIZE
+from outboard.pages.content import is_zero, page_digest
 from outboard.pages.shared import claim_one, release_one
 
 _COPY, _CONTINUE, _PROTECT, _WAKE = (
@@ -27,6 +29,8 @@ _COPY, _CONTINUE, _PROTECT, _WAKE = (
 _EEXIST, _EAGAIN, _EFAULT, _EIO = errno.EEXIST, errno.EAGAIN, errno.EFAULT, errno.EIO
 _ENXIO, _EBUSY = errno.ENXIO, errno.EBUSY
 _SEEK_DATA = os.SEEK_DATA
+_LOOK = 16
+"""Pages that are read and looked at together."""
 _PATIENCE = 20
 """Milliseconds, for a large page that the kernel cannot split."""
 _PUNCH = fallocate.FALLOC_FL_PUNCH_HOLE | fallocate.FALLOC_FL_KEEP_SIZE
@@ -47,6 +51,22 @@ def row_of(regions: NDArray[np.int64], page: int) -> int:
 def _hva(regions: NDArray[np.int64], page: int) -> int:
     row = row_of(regions, page)
     return int(regions[row, 2] + (page - regions[row, 0]) * PAGE_SIZE)
+
+
+@njit(_ROWS(_ROWS, _I8), cache=True, nogil=True)
+def runs_of(regions: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Runs of page numbers, which ascend."""
+    runs = np.empty((numbers.size, 2), dtype=np.int64)
+    count, edge = 0, 0
+    for page in numbers:
+        if count and page < edge and page == runs[count - 1, 0] + runs[count - 1, 1]:
+            runs[count - 1, 1] += 1
+            continue
+        row = row_of(regions, page)
+        edge = regions[row, 0] + regions[row, 1]
+        runs[count, 0], runs[count, 1] = page, 1
+        count += 1
+    return runs[:count].copy()
 
 
 @njit(types.int64(types.int32, types.uint64, _I8), cache=True, nogil=True)
@@ -148,6 +168,40 @@ def read(regions: NDArray[np.int64], runs: NDArray[np.int64], into: NDArray[np.u
         if answer != length:
             return answer if answer < 0 else -_EIO
         at += length
+    return 0
+
+
+@njit(types.int64(_ROWS, _ROWS, _U1, types.boolean[::1], types.uint64[::1]), cache=True, nogil=True)
+def read_and_look(
+    regions: NDArray[np.int64],
+    runs: NDArray[np.int64],
+    into: NDArray[np.uint8],
+    zero: NDArray[np.bool_],
+    digests: NDArray[np.uint64],
+) -> int:
+    """:func:`read`, and say of each page whether it is all zeros, and what its digest is otherwise.
+
+    It is looked at while the processor's caches have it.
+    """
+    at, page = into.ctypes.data, 0
+    for index in range(runs.shape[0]):
+        row = row_of(regions, runs[index, 0])
+        offset = regions[row, 3] + (runs[index, 0] - regions[row, 0]) * PAGE_SIZE
+        left = runs[index, 1]
+        while left > 0:
+            count = min(left, _LOOK)
+            length = count * PAGE_SIZE
+            answer = native.pread(regions[row, 4], at, length, offset)
+            if answer != length:
+                return answer if answer < 0 else -_EIO
+            for one in range(page, page + count):
+                zero[one] = is_zero(into, one)
+                if not zero[one]:
+                    digests[one] = page_digest(into.ctypes.data + one * PAGE_SIZE)
+            at += length
+            offset += length
+            page += count
+            left -= count
     return 0
 
 

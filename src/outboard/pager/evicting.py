@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from outboard.pager.keeper import BATCH, Keeper
 from outboard.pager.on_disk import OnDisk
 from outboard.pages import PAGE_SIZE
-from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Where
 from outboard.pages.shared import shared_array
@@ -75,15 +74,16 @@ class Eviction:
         content = staging[: numbers.size * PAGE_SIZE]
         try:
             self._keeper.protect(runs, True)
-            self._keeper.read(runs, content)
-            zero = zero_pages(content)
+            zero, digests = self._keeper.read_and_look(runs, content)
             if self._on_disk is None:
                 on_disk, blocks = np.zeros(numbers.size, dtype=np.bool_), _NOWHERE
             else:
                 on_disk, blocks = self._on_disk.look_up(numbers, content, zero)
             nowhere = zero | on_disk
-            kept = content.reshape(-1, PAGE_SIZE)[~nowhere].reshape(-1) if nowhere.any() else content
-            locators = store.put(kept)
+            kept = content
+            if nowhere.any():
+                kept, digests = content.reshape(-1, PAGE_SIZE)[~nowhere].reshape(-1), digests[~nowhere]
+            locators = store.put(kept, digests)
         except BaseException:
             self._keeper.protect(runs, False)
             raise

@@ -322,6 +322,16 @@ class Pager:
         """
         self._ask("pread", batches.read(self._regions, runs, content))
 
+    def read_and_look(self, runs: Runs, content: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
+        """:meth:`read`; which pages are all zeros, and the digests of the others.
+
+        :raise KernelError: the kernel refused.
+        """
+        zero = np.empty(content.size // PAGE_SIZE, dtype=np.bool_)
+        digests = np.empty(zero.size, dtype=np.uint64)
+        self._ask("pread", batches.read_and_look(self._regions, runs, content, zero, digests))
+        return zero, digests
+
     def place(self, runs: Runs, content: NDArray[np.uint8], *, over: bool = False) -> None:
         """Enter pages that are absent; what is present already stays, or is written ``over``.
 
@@ -331,12 +341,7 @@ class Pager:
 
     def runs_of(self, numbers: NDArray[np.int64]) -> Runs:
         """Runs of page numbers, which ascend; none across an edge of regions."""
-        if not numbers.size:
-            return np.empty((0, 2), dtype=np.int64)
-        edges = np.flatnonzero(np.diff(numbers) != 1) + 1
-        begins = np.concatenate((np.zeros(1, dtype=np.int64), edges))
-        counts = np.diff(np.concatenate((begins, np.array([numbers.size], dtype=np.int64))))
-        return self._split(np.column_stack((numbers[begins], counts)))
+        return batches.runs_of(self._regions, np.ascontiguousarray(numbers))
 
     def evict(self, pages: PageSet, to: Where) -> int:
         """Move those of ``pages`` that are resident into a store, while the guest runs; how many went.

@@ -26,20 +26,24 @@ xxh3_with_secret: Any = types.ExternalFunction(
 """For compiled loops: the digest of (address, length) under the secret at (address, length)."""
 
 
-@njit("void(uint64[::1], boolean[::1])", cache=True, nogil=True)
-def _zero_pages(words: NDArray[np.uint64], out: NDArray[np.bool_]) -> None:
+@njit("boolean(uint8[::1], int64)", cache=True, nogil=True)
+def is_zero(buffer: NDArray[np.uint8], page: int) -> bool:
+    """Whether a page of ``buffer`` is all zeros, for compiled loops."""
+    words = buffer[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].view(np.uint64)
+    for block in range(0, _WORDS, 16):
+        # Sixteen words at a time: enough for the compiler to vectorise, little enough to leave a full page at once.
+        together = np.uint64(0)
+        for word in range(16):
+            together |= words[block + word]
+        if together:
+            return False
+    return True
+
+
+@njit("void(uint8[::1], boolean[::1])", cache=True, nogil=True)
+def _zero_pages(buffer: NDArray[np.uint8], out: NDArray[np.bool_]) -> None:
     for page in range(out.shape[0]):
-        base = page * _WORDS
-        zero = True
-        for block in range(0, _WORDS, 16):
-            # Sixteen words at a time: enough for the compiler to vectorise, little enough to leave a full page at once.
-            together = np.uint64(0)
-            for word in range(16):
-                together |= words[base + block + word]
-            if together:
-                zero = False
-                break
-        out[page] = zero
+        out[page] = is_zero(buffer, page)
 
 
 def zero_pages(buffer: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -48,7 +52,7 @@ def zero_pages(buffer: NDArray[np.uint8]) -> NDArray[np.bool_]:
     :return: one bool a page. The GIL is released meanwhile.
     """
     out = np.empty(buffer.size // PAGE_SIZE, dtype=np.bool_)
-    _zero_pages(buffer.view(np.uint64), out)
+    _zero_pages(buffer, out)
     return out
 
 

@@ -72,7 +72,7 @@ class FileStore:
     def trim(self) -> None:
         """Give back, to whom it came from, room that no page is in."""
 
-    def put(self, content: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    def put(self, content: NDArray[np.uint8], digests: NDArray[np.uint64] | None = None) -> NDArray[np.uint64]:
         """See :meth:`Store.put`; a write that fails keeps nothing.
 
         :raise StoreFullError: no room in the file, or none on its disk.
@@ -86,7 +86,7 @@ class FileStore:
                 "to be put there"
             )
         if self.digests is not None:
-            self.digests[slots] = page_digests(content)
+            self.digests[slots] = page_digests(content) if digests is None else digests
         try:
             for first, begin, end in _rows(slots):
                 part = content[begin * PAGE_SIZE : end * PAGE_SIZE]

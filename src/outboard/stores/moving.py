@@ -23,10 +23,11 @@ _TRIAL = 16 * PAGE_SIZE
 
 
 class Way(Enum):
-    """How a unit moves between the reservation and a swap file."""
+    """How a unit gets from the reservation to a swap file."""
 
     EXCHANGE = "exchange"
     CLONE = "clone"
+    LEND = "lend"
     ALLOCATE = "allocate"
 
 
@@ -47,9 +48,10 @@ def require_file_system(directory: Path, fd: int) -> None:
     raise RefusedError("swap-file-system", f"{directory} {why}; put the swap reservation on ext4 or XFS")
 
 
-def way_of(directory: Path) -> Way:
+def way_of(directory: Path, *, thin: bool) -> Way:
     """What the file system of a directory can do: it is tried, on files without a name.
 
+    :param thin: where no block can move, swap files get others, instead of being lent units where they lie.
     :raise KernelError: it cannot even do that.
     """
     one = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
@@ -66,7 +68,7 @@ def way_of(directory: Path) -> Way:
                     raise
             else:
                 return way
-        return Way.ALLOCATE
+        return Way.ALLOCATE if thin else Way.LEND
     finally:
         os.close(one)
         os.close(other)
@@ -99,7 +101,7 @@ def move(way: Way, source: int, at: int, target: int, to: int, make_room: Callab
     :param make_room: called where the file system wants some for its own books, for a moment.
     """
     if way is Way.ALLOCATE:
-        return _allocate_and_punch(source, at, target, to)
+        return _allocate_and_punch(source, at, target, to, make_room)
     for one in (way, Way.CLONE):
         for _ in range(2):
             try:
@@ -107,20 +109,31 @@ def move(way: Way, source: int, at: int, target: int, to: int, make_room: Callab
                     xfs.exchange(source, at * UNIT, target, to * UNIT, UNIT)
                 else:
                     reflink.clone(source, at * UNIT, target, to * UNIT, UNIT)
-                    fallocate.punch(source, at * UNIT, UNIT)
+                    punch(source, at, make_room)
             except KernelError as error:
                 if error.errno not in (*NO_ROOM, errno.EOPNOTSUPP):
                     raise
                 if mapped(source, at) == 0 and is_mapped(target, to):
                     return True
-                fallocate.punch(target, to * UNIT, UNIT)
                 make_room()
+                punch(target, to, make_room)
             else:
                 return True
     return False
 
 
-def _allocate_and_punch(source: int, at: int, target: int, to: int) -> bool:
+def punch(fd: int, unit: int, make_room: Callable[[], None]) -> None:
+    """Let go of a unit's blocks; for its own books XFS wants a few free ones even for that."""
+    try:
+        fallocate.punch(fd, unit * UNIT, UNIT)
+    except KernelError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        make_room()
+        fallocate.punch(fd, unit * UNIT, UNIT)
+
+
+def _allocate_and_punch(source: int, at: int, target: int, to: int, make_room: Callable[[], None]) -> bool:
     try:
         fallocate.allocate(target, to * UNIT, UNIT)
     except KernelError as error:
@@ -128,7 +141,7 @@ def _allocate_and_punch(source: int, at: int, target: int, to: int) -> bool:
             raise
     # ext4 has been seen to say that there was no room, and to have found it.
     if not is_mapped(target, to):
-        fallocate.punch(target, to * UNIT, UNIT)
+        punch(target, to, make_room)
         return False
-    fallocate.punch(source, at * UNIT, UNIT)
+    punch(source, at, make_room)
     return True

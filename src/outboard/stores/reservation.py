@@ -15,15 +15,17 @@ empty goes back, and the blocks of all files together stay the same. How a unit 
 
 * *exchange* (XFS made for it, Linux 6.10): XFS_IOC_EXCHANGE_RANGE lets a unit and a hole change places, atomically;
 * *clone* (XFS with reflink): the swap file's hole is made to share the unit, and the reservation lets go of it;
-* *allocate* (ext4): a unit is allocated in the swap file, then one is punched out of the reservation; between the two
-  steps there is one more. In the other order a block would be nobody's for a moment, and whoever writes to a full disk
-  could snatch it. (EXT4_IOC_MOVE_EXT exchanges what both files have, and moves nothing into a hole.)
+* *lend* (ext4): nothing moves. Pages go into the unit where it lies, in the reservation itself, and the swap file keeps
+  a hole; the unit is lent until it is empty again. That takes nothing from the disk, and is as fast as writing to it.
+  (EXT4_IOC_MOVE_EXT exchanges what both files have, and moves nothing into a hole.)
+* *allocate* (the same, where swap files are to be ``thin``): a unit is allocated in the swap file, then one is punched
+  out of the reservation; between the two steps there is one more. In the other order a block would be nobody's for a
+  moment, and whoever writes to a full disk could snatch it. Both steps, and the first write to new blocks, are changes
+  of the file system's own books: swapping out is about three times slower.
 
-A full disk may have no room for that one, nor for what its bookkeeping needs. It does not matter: where a unit cannot
-move it is *lent*. The page then goes into the unit where it lies, in the reservation itself, which takes nothing from
-the disk. Units are lent until they are empty again. Only where a swap file is removed, or somebody has died over a
-move, on a full disk, blocks are free for a moment; what is snatched then is *lost* until the disk has room again, and
-``SPARE`` units more than promised are reserved against that.
+A full disk may have no room for what a move needs. It does not matter: where a unit cannot move it is lent. Only where
+a swap file is removed, or somebody has died over a move, on a full disk, blocks are free for a moment; what is snatched
+then is *lost* until the disk has room again, and ``SPARE`` units more than promised are reserved against that.
 
 Before a unit moves the intent names it, so that whoever takes the lock after a death can finish: a unit must be here
 whole and not there, or there whole and not here; anything else is undone, by punching it there and allocating it here.
@@ -62,6 +64,8 @@ _NOTHING = -1
 """In an intent: no unit moves, but what all files take together may change."""
 _BALLAST, _BALLAST_SHARE = 4 << 20, 1024
 _HEAD, _INTENT, _STATE_SIZE = 0, 4096, 8192
+_UNMOVED = (Way.LEND, Way.ALLOCATE)
+"""Where blocks cannot move: as swap files are not, or are, to be thin."""
 _COMMITS = 4
 """How often to look for room on a full disk."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -106,6 +110,7 @@ class Reservation:
     """The reservation of ``size`` bytes (whole units) in ``directory``, made if it is not there.
 
     :param make: otherwise it must be there, with that size.
+    :param thin: whether swap files get blocks of their own even where these cannot move; None: as until now.
 
     ``way``: how units move.
 
@@ -116,7 +121,7 @@ class Reservation:
     Synchronization: any number of processes; within one, one thread. Blocks move under a lock of the kernel's.
     """
 
-    def __init__(self, directory: Path, size: int, *, make: bool = True) -> None:
+    def __init__(self, directory: Path, size: int, *, make: bool = True, thin: bool | None = None) -> None:
         if size <= 0 or size % UNIT:
             raise RefusedError("swap-size", f"a reservation of {size} bytes: it must be a multiple of {UNIT >> 20} MiB")
         self.directory = directory
@@ -133,14 +138,14 @@ class Reservation:
             self._zeros: NDArray[np.uint8] = shared_array(UNIT, np.uint8)
             fcntl.flock(self._state, fcntl.LOCK_EX)
             try:
-                self._open(undo, make=make)
+                self._open(undo, make=make, thin=thin)
             finally:
                 fcntl.flock(self._state, fcntl.LOCK_UN)
             undo.pop_all()
 
     # Opening and making
 
-    def _open(self, undo: contextlib.ExitStack, *, make: bool) -> None:
+    def _open(self, undo: contextlib.ExitStack, *, make: bool, thin: bool | None) -> None:
         head = self._head()
         if head is not None and head.units != self.units:
             if any(self._files.iterdir()):
@@ -168,7 +173,12 @@ class Reservation:
         self._ballast = os.open(self.directory / "ballast", os.O_RDWR | os.O_CLOEXEC)
         undo.callback(os.close, self._ballast)
         if head is None:
-            head = _Head(self.units, self._measure(), way_of(self.directory), _BOOT.read_text())
+            way = way_of(self.directory, thin=bool(thin))
+            head = _Head(self.units, self._measure(), way, _BOOT.read_text())
+            self._write_state(_HEAD, msgspec.json.encode(head))
+        elif thin is not None and head.way in _UNMOVED and head.way is not _UNMOVED[thin]:
+            # What is lent, and what has moved, stays that until it is empty.
+            head = msgspec.structs.replace(head, way=_UNMOVED[thin])
             self._write_state(_HEAD, msgspec.json.encode(head))
         self.way, self._blocks = head.way, head.blocks
         if head.boot != _BOOT.read_text():
@@ -239,7 +249,7 @@ class Reservation:
                     self._fill(fd, intent.unit)
                 else:
                     theirs = False
-                    fallocate.punch(fd, intent.unit * UNIT, UNIT)
+                    self._punch(fd, intent.unit)
         self._map[k] = _GONE
         if not theirs:
             self._restore(k)
@@ -266,8 +276,15 @@ class Reservation:
             # ext4 gives out what was punched when its journal has been committed.
             os.fsync(self._ours)
             os.fsync(fd)
-        fallocate.punch(fd, unit * UNIT, UNIT)
+        self._punch(fd, unit)
         return False
+
+    def _punch(self, fd: int, unit: int) -> None:
+        moving.punch(fd, unit, self._make_room)
+
+    def _make_room(self) -> None:
+        """Leave the disk what the ballast has; :meth:`_balance` has it back."""
+        os.ftruncate(self._ballast, 0)
 
     def _fill(self, fd: int, unit: int) -> None:
         """Write a unit that is allocated only."""
@@ -284,6 +301,8 @@ class Reservation:
         """
         with self._locked():
             self._regain()
+            if self.way is Way.LEND:
+                return self._lend(file), False
             k = self._first(_HERE)
             with self._intending(file.name, unit, k):
                 moved = self._move(self._ours, k, file.fd, unit)
@@ -295,10 +314,13 @@ class Reservation:
                 self._balance()
             if moved:
                 return None, written
-            k = self._first(_HERE)
-            self._fill(self._ours, k)
-            self._map[k] = file.inode
-            return k, False
+            return self._lend(file), False
+
+    def _lend(self, file: SwapFile) -> int:
+        k = self._first(_HERE)
+        self._fill(self._ours, k)
+        self._map[k] = file.inode
+        return k
 
     def _write_first(self, fd: int, unit: int, content: NDArray[np.uint8]) -> None:
         """Write a unit whole: its extents stay as they are from then on."""
@@ -310,15 +332,16 @@ class Reservation:
             self._zeros[:] = 0
 
     def _first(self, kind: int) -> int:
-        found = self._at(kind)
-        if not found:
+        found = self._map == kind
+        first = int(found.argmax())
+        if not found[first]:
             raise StoreFullError(
                 f"no unit of {self.directory} is left: more was promised than the {self.units - SPARE} MiB reserved"
             )
-        return found[0]
+        return first
 
     def _move(self, source: int, at: int, target: int, to: int) -> bool:
-        return moving.move(self.way, source, at, target, to, lambda: os.ftruncate(self._ballast, 0))
+        return moving.move(self.way, source, at, target, to, self._make_room)
 
     def give_back(self, file: SwapFile, units: list[int]) -> list[int]:
         """Take units of a swap file back that no page is in; those that came, on a full disk perhaps not all."""
@@ -327,18 +350,17 @@ class Reservation:
 
     def _take_back(self, name: str, fd: int, unit: int, *, by_force: bool) -> bool:
         """Move a unit out of a swap file; ``by_force``: rather lose it than leave it there."""
-        gone = self._at(_GONE)
-        if not gone:
+        if not self._count(_GONE):
             # Of a move that a power cut has doubled.
-            fallocate.punch(fd, unit * UNIT, UNIT)
+            self._punch(fd, unit)
             return True
-        k = gone[0]
+        k = self._first(_GONE)
         with self._intending(name, unit, k):
             came = self._move(fd, unit, self._ours, k)
             if came:
                 self._map[k] = _HERE
             elif by_force:
-                fallocate.punch(fd, unit * UNIT, UNIT)
+                self._punch(fd, unit)
                 self._restore(k)
             self._balance()
         return came or by_force
@@ -428,7 +450,7 @@ class Reservation:
                         raise KernelError(f"open of the swap file {path}", error.errno or errno.EIO) from error
                     if attempt:
                         raise StoreFullError(f"the disk of {path} is full: the swap file cannot be made") from error
-                    os.ftruncate(self._ballast, 0)
+                    self._make_room()
             self._balance()
             return SwapFile(name, fd, os.fstat(fd).st_ino)
 

@@ -237,7 +237,7 @@ class SnapshotStore:
             np.zeros(self.rows.offsets.size + 1, dtype=np.int64),
         )
 
-    def put(self, content: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    def put(self, content: NDArray[np.uint8], digests: NDArray[np.uint64] | None = None) -> NDArray[np.uint64]:  # noqa: ARG002  # the other stores' signature
         """Nothing is put into a snapshot.
 
         :raise RefusedError: ``snapshot``.

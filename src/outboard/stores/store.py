@@ -26,9 +26,10 @@ class Store(Protocol):
     of the process that put it, until it is dropped.
     """
 
-    def put(self, content: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    def put(self, content: NDArray[np.uint8], digests: NDArray[np.uint64] | None = None) -> NDArray[np.uint64]:
         """Keep whole pages; the locator of each, in order.
 
+        :param digests: of each page, by :func:`~outboard.pages.content.page_digests`, where they are known already.
         :raise StoreFullError: there is no room for all of them; none is kept.
         """
 

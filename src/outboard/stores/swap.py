@@ -77,6 +77,8 @@ class SwapStore(FileStore):
         self.lent[:] = ours
         reservation.return_lent(self._file, list(lent))
         self._hand = 0
+        # More are never taken: what goes is not counted until it matters.
+        self._most = self._used()
         self._allocating = threading.Lock()
         self._local = threading.local()
         self._put = self._fetched = 0
@@ -106,19 +108,23 @@ class SwapStore(FileStore):
         """The reservation, whose unit ``lent[n] - 2`` stands for unit *n* of the swap file unless that is below 0."""
         return self._reservation.fileno()
 
-    def put(self, content: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    def put(self, content: NDArray[np.uint8], digests: NDArray[np.uint64] | None = None) -> NDArray[np.uint64]:
         """See :meth:`Store.put`.
 
         :raise StoreFullError: ``room`` pages are there.
         :raise KernelError: the disk failed.
         """
-        file, digests = self._opened(), self._digests()
+        file = self._opened()
+        signed = page_digests(content) if digests is None else digests
         count = content.size // PAGE_SIZE
         rooms: list[tuple[NDArray[np.uint64], bool]] = []
         done = 0
         try:
             with self._allocating:
-                if count + self._used() > self.room:
+                self._most += count
+                if self._most > self.room:
+                    self._most = self._used() + count
+                if self._most > self.room:
                     raise StoreFullError(
                         f"{self._used()} of the {self.room} pages that may be swapped out of {self.name} are; {count} "
                         "more were to be"
@@ -126,7 +132,7 @@ class SwapStore(FileStore):
                 rooms.extend(self._rooms(file, content))
             for slots, is_written in rooms:
                 part = content[done * PAGE_SIZE :][: slots.size * PAGE_SIZE]
-                digests[slots] = page_digests(part)
+                self._digests()[slots] = signed[done : done + slots.size]
                 if not is_written:
                     self._write(file, slots, part)
                 done += slots.size
