@@ -190,16 +190,23 @@ def test_the_coldest_go_first(target: Target, directory: Path) -> None:
     engine = Engine(directory, target.pid)
     ask(engine.control, Evict(most=0, idle=0.01))
     touching = threading.Event()
+    passes: list[int] = []
 
     def touch() -> None:
         while not touching.is_set():
             for page in range(512):
                 target.ask(f"r {page}")
+            passes.append(512)
 
     toucher = threading.Thread(target=touch)
     toucher.start()
     try:
-        ask(engine.control, Evict(most=0, idle=0.3))
+        # Until one look saw all of them touched.
+        while True:
+            before = len(passes)
+            ask(engine.control, Evict(most=0, idle=0.3))
+            if len(passes) >= before + 2:
+                break
     finally:
         touching.set()
         toucher.join()

@@ -397,7 +397,7 @@ def test_a_guest_that_was_handed_over_is_managed_as_it_is(tmp_path: Path, shm: P
             assert pager.statistics().evicted == guest.pages
             assert client.ask("r 100") == "105"
             assert client.touch() == f"touched {sum(range(5, 205))}"
-            assert pager.statistics().faults.pool == 200
+            wait_for(lambda: pager.statistics().faults.pool == 200)
             pager.evict(PageSet.full(guest.pages), Where.POOL)
             pager.populate(PageSet.full(guest.pages))
             pager.release()

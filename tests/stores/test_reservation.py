@@ -187,7 +187,7 @@ def test_who_died_over_a_move_is_cleaned_up_after_on_a_full_disk(place: Path, mo
     def die(*_: object) -> None:
         raise Death
 
-    refused = []
+    refused: list[int] = []
 
     def punch_as_xfs_does(fd: int, offset: int, length: int) -> None:
         if not refused and (directory / "ballast").stat().st_size:

@@ -25,6 +25,7 @@ from outboard.trace.running import Running
 from outboard.trace.zap import Dontneed, Pageout, open_zap
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
+from tests.support.cluster import wait_for
 from tests.support.process_guest import guest_of
 from tests.support.requirements import require
 from tests.support.target import Target
@@ -238,7 +239,7 @@ def test_what_a_pager_holds_is_traced_too_and_what_it_evicted_is_armed(
         found = trace.collect()
         assert sorted(found["page"].tolist()) == [11, 700, 4000]
         assert set(found["write"].tolist()) == {-1}
-    assert pager.statistics().faults.pool == 3
+    wait_for(lambda: pager.statistics().faults.pool == 3, "the count of the faults")
     pager.release()
     assert target.ask("r 12") == "12"
     with open_access_trace(guest) as trace:

@@ -13,7 +13,7 @@ import errno
 import os
 
 import numpy as np
-import numpy.ma  # noqa: F401  # numba does at its first call: engines are forked with it, and guests wait for those
+import numpy.ma  # numba does at its first call: engines are forked with it, and guests wait for those
 from numba import njit, types
 from numpy.typing import NDArray
 
