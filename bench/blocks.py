@@ -1,10 +1,11 @@
-"""script/bench blocks: a migration over 1 Gbit/s with and without references to the blocks of a disk.
+"""script/bench blocks: migrations over 1 Gbit/s and snapshots with and without references to the blocks of a disk.
 
 The guest is a Debian under systemd (:mod:`guest.disk`) with 512 MiB, its root an overlay over a base image that both
 hosts have: once as it has booted to its login prompt, with nothing done since, and once after some minutes of work, in
 which it reads half of its files again and again, unpacks an archive, runs Python and Perl, and writes files of its own.
 It is then moved to and fro between two hosts in namespaces of one machine, with references and without in turn; the
-guest's job proves its memory after each. Indexes are made before, and their time is told.
+guest's job proves its memory after each. Indexes are made before, and their time is told. Snapshots are of another
+guest that is made the same way: each leaves one more overlay on its disk, and what lies below that is fixed from then.
 
 The base image is in the page cache of the one host that both are: what a migration would wait for a cold disk at the
 destination is not in the figures.
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ class Moved(msgspec.Struct, kw_only=True):
     blackout_ms: float
     pages_by_block: int
     refused: int
+
+
+class Kept(msgspec.Struct, kw_only=True):
+    """One snapshot: bytes of its file, seconds, and the bytes of memory that it refers to."""
+
+    state: str
+    blocks: bool
+    bytes: int
+    total_s: float
+    pause_ms: float
+    referred: int
+    new: int
 
 
 @contextmanager
@@ -101,6 +114,25 @@ def move(vm: Vm, source: str, state: str, *, blocks: bool) -> Moved:
     )
 
 
+def keep(vm: Vm, host: str, state: str, *, blocks: bool) -> Kept:
+    """Take a snapshot of the guest, and remove it."""
+    there = vm.cluster.hosts[host]
+    done = there.outboard("snapshot", "create", vm.name, "--blocks", "auto" if blocks else "off", "-o", "json")
+    if done.returncode:
+        raise click.ClickException(f"{done.stderr}\n{there.log()[-2000:]}")
+    told = msgspec.json.decode(done.stdout)
+    there.outboard("snapshot", "rm", told["id"])
+    return Kept(
+        state=state,
+        blocks=blocks,
+        bytes=told["file"],
+        total_s=told["seconds"],
+        pause_ms=told["pause_ms"],
+        referred=told["referred"],
+        new=told["new"],
+    )
+
+
 def shares(vm: Vm, host: str) -> dict[str, Any]:
     """What ``outboard blocks`` says, its indexes made if they lack."""
     done = vm.cluster.hosts[host].outboard("blocks", vm.name, "-o", "json")
@@ -110,7 +142,9 @@ def shares(vm: Vm, host: str) -> dict[str, Any]:
     return found
 
 
-def judged(moved: list[Moved], state: str, runs: int, bars: tuple[float, float]) -> list[Claim]:
+def judged(
+    moved: Sequence[Moved | Kept], what_for: str, state: str, runs: int, bars: tuple[float, float]
+) -> list[Claim]:
     """Bytes and time with references, by those without."""
     claims = []
     for (what, unit, by), bar in zip((("bytes", "MB", 1e6), ("total_s", "s", 1.0)), bars, strict=True):
@@ -118,7 +152,7 @@ def judged(moved: list[Moved], state: str, runs: int, bars: tuple[float, float])
             [getattr(one, what) / by for one in moved if one.state == state and one.blocks == blocks]
             for blocks in (True, False)
         )
-        name = f"{state}: {'bytes' if what == 'bytes' else 'time'} with references"
+        name = f"{state}: {'bytes' if what == 'bytes' else 'time'} of a {what_for} with references"
         claims.append(
             claim(
                 name,
@@ -144,25 +178,30 @@ def tell(found: dict[str, Any], state: str, console: Console) -> None:
     for what in ("zero", "free", "unmatched"):
         table.add_row(what, "-" if found[what] is None else f"{found[what] / MIB:.0f}", "")
     console.print(table)
+    kinds = Table(title="of the pages that are this to the guest, MiB")
+    for heading in ("kind", "resident", "on a disk", "zeros"):
+        kinds.add_column(heading)
+    for one in found["classes"]:
+        kinds.add_row(one["kind"], *(f"{one[what] / MIB:.1f}" for what in ("resident", "matched", "zero")))
+    console.print(kinds)
 
 
-@click.command()
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the claims here.")
-@click.option("--runs", default=3, show_default=True)
-@click.option("--minutes", default=10.0, show_default=True, help="Of work before the second part.")
-@click.option("--memory", default=512, show_default=True, help="MiB of the guest.")
-def main(file: Path | None, runs: int, minutes: float, memory: int) -> None:
-    """Judge what references to disk blocks save."""
-    console = Console()
+def work(vm: Vm, host: str, minutes: float) -> None:
+    """Have the guest work."""
+    vm.write(mebibytes=32, rate=500)
+    vm.run(host, WORK)
+    time.sleep(minutes * 60)
+    vm.run(host, "rm /run/working")
+
+
+def migrations(memory: int, minutes: float, runs: int, states: Sequence[str], console: Console) -> list[Moved]:
+    """Move a guest to and fro, with references and without in turn."""
     moved: list[Moved] = []
     with scene(memory) as vm:
         host = "a"
-        for state in ("fresh", "worked"):
+        for state in states:
             if state == "worked":
-                vm.write(mebibytes=32, rate=500)
-                vm.run(host, WORK)
-                time.sleep(minutes * 60)
-                vm.run(host, "rm /run/working")
+                work(vm, host, minutes)
             tell(shares(vm, host), state, console)
             for _ in range(runs):
                 for blocks in (True, False):
@@ -171,7 +210,42 @@ def main(file: Path | None, runs: int, minutes: float, memory: int) -> None:
                     console.print(moved[-1])
             if state == "worked":
                 vm.verify(host)
-    claims = judged(moved, "fresh", runs, (0.5, 0.7)) + judged(moved, "worked", runs, (1.0, 1.05))
+    return moved
+
+
+def snapshots(memory: int, minutes: float, runs: int, states: Sequence[str], console: Console) -> list[Kept]:
+    """Take snapshots of a guest, with references and without in turn."""
+    kept: list[Kept] = []
+    with scene(memory) as vm:
+        for state in states:
+            if state == "worked":
+                work(vm, "a", minutes)
+            tell(shares(vm, "a"), state, console)
+            for _ in range(runs):
+                for blocks in (True, False):
+                    kept.append(keep(vm, "a", state, blocks=blocks))
+                    console.print(kept[-1])
+            if state == "worked":
+                vm.verify("a")
+    return kept
+
+
+@click.command()
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the claims here.")
+@click.option("--runs", default=3, show_default=True)
+@click.option("--minutes", default=10.0, show_default=True, help="Of work before the second part; 0 leaves it out.")
+@click.option("--memory", default=512, show_default=True, help="MiB of the guest.")
+@click.option("--only", type=click.Choice(["migration", "snapshot"]), help="Leave the other out.")
+def main(file: Path | None, runs: int, minutes: float, memory: int, only: str | None) -> None:
+    """Judge what references to disk blocks save."""
+    console = Console()
+    bars = {"fresh": (0.5, 0.7)} | ({"worked": (1.0, 1.05)} if minutes else {})
+    claims = []
+    for what, measure in (("migration", migrations), ("snapshot", snapshots)):
+        if only in (None, what):
+            done = measure(memory, minutes, runs, list(bars), console)
+            for state, both in bars.items():
+                claims += judged(done, what, state, runs, both)
     publish(claims, file, console)
     sys.exit(0 if all(one.met for one in claims) else 1)
 

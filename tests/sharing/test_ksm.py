@@ -11,24 +11,17 @@ import pytest
 from outboard.errors import KernelError, RefusedError
 from outboard.linux import ksm
 from outboard.sharing.ksm import Merging
+from tests.support.machine import ksmd
 from tests.support.process_guest import guest_of
 from tests.support.requirements import require
 from tests.support.target import Target
-
-SETTINGS = {"run": 1, "pages_to_scan": 20000, "sleep_millisecs": 1}
 
 
 @pytest.fixture
 def merging() -> Iterator[None]:
     require("root", "ksm")
-    before = {name: ksm.setting(name) for name in SETTINGS}
-    try:
-        for name, value in reversed(SETTINGS.items()):
-            ksm.setting(name, value)
+    with ksmd():
         yield
-    finally:
-        for name, value in before.items():
-            ksm.setting(name, value)
 
 
 @pytest.mark.usefixtures("merging")

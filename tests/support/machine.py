@@ -20,6 +20,7 @@ import pytest
 from guest import disk
 from guest.build import COMMAND_LINE, Image, build
 from guest.disk import DiskImage
+from outboard.linux import ksm
 from tests.support.requirements import require
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,21 @@ def image() -> Image:
 def disk_image() -> DiskImage:
     """The test guest on a disk, built once."""
     return disk.build(ROOT / ".build" / "guest")
+
+
+@contextlib.contextmanager
+def ksmd() -> Iterator[None]:
+    """Have the kernel merge what it may, fast."""
+    settings = {"run": 1, "pages_to_scan": 20000, "sleep_millisecs": 1}
+    with the_machine_is_ours():
+        before = {name: ksm.setting(name) for name in settings}
+        try:
+            for name, value in reversed(settings.items()):
+                ksm.setting(name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                ksm.setting(name, value)
 
 
 class Machine:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -97,14 +97,17 @@ class Told(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.sharin
     from the pool and not copied, less the pool itself; pages of zeros that were given up come on top (``zeros``).
     ``inside``: what breaking large pages would free on top; ``broken`` of them are, for want of memory, which takes so
     many ``tlb_entries`` more to cover.
+
+    Of the ``backend`` ``ksm`` less is known: ``pool`` and ``unstable`` are the host's, ``saved`` is what is left
+    of ``shared`` when the host's pool is subtracted; None is not known, and no ``process`` of ours is 0.
     """
 
     domain: str
     process: int
     scans: int
     scanned: int
-    scan_rate: float
-    shareable: int
+    scan_rate: float | None
+    shareable: int | None
     unstable: int
     pool: int
     shared: int
@@ -114,6 +117,7 @@ class Told(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.sharin
     broken: int
     tlb_entries: int
     members: list[MemberTold]
+    backend: Literal["overlay", "ksm"] = "overlay"
 
 
 class EngineMember:

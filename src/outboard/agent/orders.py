@@ -44,10 +44,14 @@ class Reclaim(msgspec.Struct, frozen=True, tag="reclaim"):
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
-    """Take a snapshot; ``incremental``: it goes on from the VM's last one; ``release``: let the guest go afterwards."""
+    """Take a snapshot; ``incremental``: it goes on from the VM's last one; ``release``: let the guest go afterwards.
+
+    ``blocks``: pages that the VM's disks hold are referred to there.
+    """
 
     incremental: bool = False
     release: bool = False
+    blocks: bool = True
 
 
 class Look(msgspec.Struct, frozen=True, tag="look"):

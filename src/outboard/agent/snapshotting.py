@@ -90,7 +90,7 @@ class Snapshotting:
                 vm.snapshots,
                 self._directory,
                 parent=parent,
-                on_disk=self._on_disk,
+                on_disk=self._on_disk if self.order.blocks else None,
                 describe=lambda spec: vm.registry.describe(vm.name, spec.to_toml()),
                 paused=_marker(self._directory),
             ).take()

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from outboard.blocks.match import match
+from outboard.blocks.match import Found, match
 from outboard.pages import PAGE_SIZE
 from outboard.pages.pageset import PageSet
 from outboard.stores.disk import Finder
 from outboard.stores.images import index
 from outboard.stores.images.images import Images, Left
 from outboard.stores.images.layers import DiskSpec
+from outboard.vmm.enlighten import PageClass
 from outboard.vmm.guest import Guest
 
 
@@ -40,6 +42,15 @@ class ImageShare(msgspec.Struct, frozen=True):
     built: bool
 
 
+class ClassShare(msgspec.Struct, frozen=True):
+    """The resident pages of what the guest says is one kind: how many of them a disk holds, or are zeros; bytes."""
+
+    kind: str
+    resident: int
+    matched: int
+    zero: int
+
+
 class Shares(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.blocks.v1"):
     """Where a guest's resident memory is found: each page counts once; in bytes and seconds.
 
@@ -60,13 +71,15 @@ class Shares(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.bloc
     left: list[Left]
     match_s: float
     seconds: float
+    classes: list[ClassShare] = []
+    """By :class:`~outboard.vmm.enlighten.PageClass`; empty where the guest was not asked."""
 
 
-def shares(guest: Guest, disks: Sequence[DiskSpec], indexes: Path, free: PageSet | None) -> Shares:
+def shares(guest: Guest, disks: Sequence[DiskSpec], indexes: Path, classes: NDArray[np.uint8] | None) -> Shares:
     """Look up all of a guest's resident memory.
 
     :param indexes: the directory of the images' indexes, which are made where they lack.
-    :param free: the pages that the guest holds free, if it was asked.
+    :param classes: the :class:`~outboard.vmm.enlighten.PageClass` of each page, if the guest was asked.
     :raise RefusedError, KernelError: an image cannot be read, or the guest.
     """
     began = time.monotonic()
@@ -99,6 +112,7 @@ def shares(guest: Guest, disks: Sequence[DiskSpec], indexes: Path, free: PageSet
         left = images.left
     other = resident - PageSet.from_numbers(guest.pages, result.match.pages)
     other = other - PageSet.from_numbers(guest.pages, result.zero)
+    free = None if classes is None else PageSet.from_mask(classes == PageClass.FREE)
     idle = None if free is None else len(other & free) * PAGE_SIZE
     return Shares(
         vm=guest.name,
@@ -113,4 +127,15 @@ def shares(guest: Guest, disks: Sequence[DiskSpec], indexes: Path, free: PageSet
         left=left,
         match_s=match_s,
         seconds=time.monotonic() - began,
+        classes=[] if classes is None else _by_class(classes, resident, result),
     )
+
+
+def _by_class(classes: NDArray[np.uint8], resident: PageSet, found: Found) -> list[ClassShare]:
+    counts = [
+        np.bincount(classes[pages], minlength=len(PageClass)) * PAGE_SIZE
+        for pages in (resident.numbers(), found.match.pages, found.zero)
+    ]
+    return [
+        ClassShare(kind.name.lower().replace("_", " "), *(int(count[kind]) for count in counts)) for kind in PageClass
+    ]

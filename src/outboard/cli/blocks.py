@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 from outboard.agent.config import runtime_dir, state_dir
 from outboard.agent.engine import INDEXES
@@ -14,7 +16,6 @@ from outboard.blocks.share import ImageShare, Shares, shares
 from outboard.cli.memory import managed, tell
 from outboard.cli.output import output_option, print_json, print_table, size_text
 from outboard.errors import OutboardError
-from outboard.pages.pageset import PageSet
 from outboard.vmm.enlighten import PageClass, chunks
 from outboard.vmm.guest import Guest
 from outboard.vmm.guest_agent import GuestAgent
@@ -41,29 +42,26 @@ def blocks(vm: str, learn: bool, output: str) -> None:
     record = Registry(runtime_dir()).get(vm)
     disks = parse_spec(record.spec_text(), f"the spec of {vm}").disks
     with record.attach(managed=True) as guest:
-        free = _free(guest, record.agent_socket)
-        found = shares(guest, disks, state_dir() / INDEXES, free)
+        found = shares(guest, disks, state_dir() / INDEXES, _classes(guest, record.agent_socket))
     if output == "json":
         print_json(found)
     else:
         _show(found)
 
 
-def _free(guest: Guest, agent: Path | None) -> PageSet | None:
-    """What the guest holds free, if it says."""
+def _classes(guest: Guest, agent: Path | None) -> NDArray[np.uint8] | None:
+    """What each page is to the guest, if it says."""
     if agent is None:
         return None
-    free = PageSet(guest.pages)
+    found = np.full(guest.pages, PageClass.OTHER, dtype=np.uint8)
     try:
         deadline = time.monotonic() + _AGENT_S
         with GuestAgent(agent, timeout=_AGENT_S) as asked:
             for first, classes in chunks(guest, asked, deadline=deadline):
-                runs = PageSet.from_mask(classes == PageClass.FREE).runs()
-                runs[:, 0] += first
-                free.add(runs)
+                found[first : first + classes.size] = classes
     except OutboardError:
         return None
-    return free
+    return found
 
 
 def _words(one: ImageShare) -> str:
@@ -89,6 +87,13 @@ def _show(found: Shares) -> None:
         rows.append(["free in the guest", *part(found.free)])
     rows.append(["found nowhere", *part(found.unmatched)])
     print_table(["WHERE", "MEMORY", "SHARE"], rows, empty="")
+    if found.classes:
+        click.echo()
+        print_table(
+            ["IN THE GUEST", "RESIDENT", "ON A DISK", "ZEROS"],
+            [[one.kind, *map(size_text, (one.resident, one.matched, one.zero))] for one in found.classes],
+            empty="",
+        )
     for one in found.images:
         click.echo(_words(one))
     for left in found.left:

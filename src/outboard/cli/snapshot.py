@@ -62,15 +62,23 @@ def _tell(snapped: Snapped, output: str) -> None:
 @snapshot.command(epilog="Example: outboard snapshot create web --incremental")
 @click.argument("vm")
 @click.option("--incremental", is_flag=True, help="Keep only what differs from the VM's last snapshot.")
+@click.option(
+    "--blocks",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Refer to what the VM's disks hold; off: write everything, so that it depends on no disk's content.",
+)
 @output_option("table", "json")
-def create(vm: str, incremental: bool, output: str) -> None:
+def create(vm: str, incremental: bool, blocks: str, output: str) -> None:
     """Take a snapshot of a running VM, which goes on meanwhile; prints its name.
 
     Disks that the VM writes to are held still: what it writes from then on goes to an overlay beside each.
     """
     managed = Registry(runtime_dir()).get(vm).memory_directory.exists()
     control = Path(call("PUT", f"/v1/engines/{vm}")["control"])
-    _tell(ask_snapshot(control, Snapshot(incremental=incremental, release=not managed)), output)
+    order = Snapshot(incremental=incremental, release=not managed, blocks=blocks == "auto")
+    _tell(ask_snapshot(control, order), output)
 
 
 @snapshot.command(epilog="Example: outboard snapshot restore web-20260101T120000-1a2b3c --name web2")

@@ -19,6 +19,9 @@ from outboard.linux import proc, statfs
 from outboard.pages import PAGE_SIZE
 from outboard.vmm.guest import Guest, Region
 
+_LEAST = 1 << 20
+"""Bytes of a mapping of anonymous memory that is worth the kernel's looking at it."""
+
 
 def attach_process(pid: int, name: str | None = None) -> Guest:
     """Attach to process ``pid``; its memory is its shared mappings from tmpfs and hugetlbfs.
@@ -48,6 +51,30 @@ def attach_process(pid: int, name: str | None = None) -> Guest:
                 "CAP_CHECKPOINT_RESTORE): run as root",
             ) from error
         raise
+
+
+def attach_anonymous(pid: int) -> Guest:
+    """Attach to process ``pid`` by its anonymous memory, that only the kernel can share: mappings of 1 MiB and more.
+
+    :raise NotFoundError: there is no such process.
+    :raise RefusedError: ``no-anonymous-memory``: it has none.
+    """
+    try:
+        name = os.path.basename(proc.command_line(pid)[0]) or f"process-{pid}"  # noqa: PTH119  # any string
+        regions, first = list[Region](), 0
+        for one in proc.maps(pid):
+            kind = one.path in ("", "[heap]") or one.path.startswith("[anon")
+            if kind and not one.shared and "w" in one.permissions and one.end - one.start >= _LEAST:
+                pages = (one.end - one.start) // PAGE_SIZE
+                regions.append(Region(first, pages, one.start, one.start, 0, PAGE_SIZE, one.path, one))
+                first += pages
+    except KernelError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            raise NotFoundError(f"there is no process {pid}") from error
+        raise
+    if not regions:
+        raise RefusedError("no-anonymous-memory", f"{name} (process {pid}) has no writable anonymous memory to merge")
+    return Guest(name, pid, tuple(regions))
 
 
 def _regions(name: str, pid: int) -> Iterator[Region]:
