@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError
-from outboard.linux import prctl
+from outboard.linux import prctl, sched
 from outboard.linux.libc import close
 from outboard.linux.userfaultfd import EventKind
 from outboard.pager.latency import Latencies, LatencyHistogram
@@ -111,6 +111,11 @@ class FaultServer:
 
     def _serve(self) -> None:
         prctl.set_name("outboard-faults")
+        # Processors of the guest wait for it, whoever started it.
+        with sched.favoured([threading.get_native_id()]):
+            self._serve_on()
+
+    def _serve_on(self) -> None:
         state = self._desk.state
         while True:
             reason = serve(self.uffds, self.spaces, SPIN_NS, self._table, self._desk)

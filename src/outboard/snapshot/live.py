@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from outboard.errors import KernelError, OutboardError, RefusedError
 from outboard.linux import sched
-from outboard.pager.capture import Capture
+from outboard.pager.capture import Capture, Saved
 from outboard.pager.on_disk import OnDisk
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
@@ -213,8 +213,15 @@ def save(capture: Capture, writer: SnapshotWriter, on_disk: OnDisk | None) -> in
 
     while not capture.complete:
         by_faults += hurried()
-        for numbers, content, zero in capture.sweep():
-            add(numbers, content, zero, hot=False)
+        sweep = capture.sweep()
+        while (saved := _next(sweep)) is not None:
+            add(*saved, hot=False)
             # What waits in memory goes first, so that there is room for more.
             by_faults += hurried()
     return by_faults
+
+
+def _next(sweep: Iterator[Saved]) -> Saved | None:
+    # Whoever wants to write to one of these pages waits for us; for what is done with them afterwards nobody does.
+    with sched.favoured([threading.get_native_id()]):
+        return next(sweep, None)
