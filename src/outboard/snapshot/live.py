@@ -123,7 +123,9 @@ class Live:
             _spill(self._directory) as spill,
         ):
             running = runs(self._guest.monitor, self._guest.name)
-            capture = self._pager.capture(spill)
+            # The kernel locks the guest's address space for as long as it takes us to protect some of it.
+            with sched.favoured([threading.get_native_id()]):
+                capture = self._pager.capture(spill)
             try:
                 # QEMU's main loop and this thread are what the guest stands still for.
                 with sched.favoured([self._guest.emulator_thread(), threading.get_native_id()]):
