@@ -89,17 +89,21 @@ class FaultServer:
 
     def exchange(self, table: Table) -> None:
         """Serve with another table from now on; who faults meanwhile waits."""
-        self.stop()
-        self._table = table
-        self.start()
+
+        def change() -> None:
+            self._table = table
+
+        self.meanwhile(change)
 
     def meanwhile(self, work: Callable[[], None]) -> None:
         """Do some work while no fault is served."""
-        self.stop()
-        try:
-            work()
-        finally:
-            self.start()
+        # Until that has happened processors of the guest may wait.
+        with sched.favoured([threading.get_native_id()]):
+            self.stop()
+            try:
+                work()
+            finally:
+                self.start()
 
     def close(self) -> None:
         """Stop, and let go of forked children's memory. Idempotent."""
