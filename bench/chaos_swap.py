@@ -44,6 +44,15 @@ _MIB = 64
 _GUEST_MIB = 256
 _RESERVED = (3 * _MIB + _GUEST_MIB) << 20
 _READY_S = 120.0
+_IMPORTED = [
+    "demo.hosts",
+    "guest.build",
+    "tests.support.cluster",
+    "tests.support.target",
+    "rich.console",
+    "bench.claims",
+]
+"""By this module, which each engine runs again, as multiprocessing does: nobody is to wait for that."""
 
 
 class _Process:
@@ -56,8 +65,7 @@ class _Process:
         self._swap = ReservedSwap(str(disk / "swap"), _RESERVED, name)
         self._target = Target("memfd", _MIB)
         self._engines = multiprocessing.get_context("forkserver")
-        # Each engine runs this module again, as multiprocessing does; what it imports is there already.
-        self._engines.set_forkserver_preload(["bench.engines", "bench.chaos_swap"])
+        self._engines.set_forkserver_preload(["bench.engines", *_IMPORTED])
         self.control = self._directory / "memory" / CONTROL
         self._target.ask("g")
 

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError
-from outboard.linux import pidfd, process_madvise
+from outboard.linux import pidfd, proc, process_madvise
 from outboard.linux.process_madvise import Advice
 from outboard.pager.capture import Capture, Saved
 from outboard.pager.pager import Pager
@@ -278,3 +278,16 @@ def test_a_manager_that_goes_leaves_nobody_waiting_for_its_successor(scene: Scen
     assert scene.target.ask("g") == "going"
     assert scene.target.ask("s").startswith("bad 0 of ")
     assert scene.pager.statistics().faults.protected <= 1
+
+
+def test_who_serves_faults_goes_ahead_of_others_whoever_started_it(scene: Scene) -> None:
+    require("root")
+    capture = scene.pager.capture(scene.spill)
+    scene.pager.end_capture(capture)
+    deadline = time.monotonic() + 20
+    while True:
+        servers = [one.tid for one in proc.threads(os.getpid()) if one.name == "outboard-faults"]
+        if [os.getpriority(os.PRIO_PROCESS, tid) for tid in servers] == [-15]:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

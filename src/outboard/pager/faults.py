@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError
-from outboard.linux import prctl
+from outboard.linux import prctl, sched
 from outboard.linux.libc import close
 from outboard.linux.userfaultfd import EventKind
 from outboard.pager.latency import Latencies, LatencyHistogram
@@ -89,17 +89,21 @@ class FaultServer:
 
     def exchange(self, table: Table) -> None:
         """Serve with another table from now on; who faults meanwhile waits."""
-        self.stop()
-        self._table = table
-        self.start()
+
+        def change() -> None:
+            self._table = table
+
+        self.meanwhile(change)
 
     def meanwhile(self, work: Callable[[], None]) -> None:
         """Do some work while no fault is served."""
-        self.stop()
-        try:
-            work()
-        finally:
-            self.start()
+        # Until that has happened processors of the guest may wait.
+        with sched.favoured([threading.get_native_id()]):
+            self.stop()
+            try:
+                work()
+            finally:
+                self.start()
 
     def close(self) -> None:
         """Stop, and let go of forked children's memory. Idempotent."""
@@ -111,6 +115,11 @@ class FaultServer:
 
     def _serve(self) -> None:
         prctl.set_name("outboard-faults")
+        # Processors of the guest wait for it, whoever started it.
+        with sched.favoured([threading.get_native_id()]):
+            self._serve_on()
+
+    def _serve_on(self) -> None:
         state = self._desk.state
         while True:
             reason = serve(self.uffds, self.spaces, SPIN_NS, self._table, self._desk)

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from outboard.errors import KernelError, OutboardError, RefusedError
 from outboard.linux import sched
-from outboard.pager.capture import Capture
+from outboard.pager.capture import Capture, Saved
 from outboard.pager.on_disk import OnDisk
 from outboard.pager.pager import Pager
 from outboard.pages import PAGE_SIZE
@@ -123,7 +123,9 @@ class Live:
             _spill(self._directory) as spill,
         ):
             running = runs(self._guest.monitor, self._guest.name)
-            capture = self._pager.capture(spill)
+            # The kernel locks the guest's address space for as long as it takes us to protect some of it.
+            with sched.favoured([threading.get_native_id()]):
+                capture = self._pager.capture(spill)
             try:
                 # QEMU's main loop and this thread are what the guest stands still for.
                 with sched.favoured([self._guest.emulator_thread(), threading.get_native_id()]):
@@ -213,8 +215,15 @@ def save(capture: Capture, writer: SnapshotWriter, on_disk: OnDisk | None) -> in
 
     while not capture.complete:
         by_faults += hurried()
-        for numbers, content, zero in capture.sweep():
-            add(numbers, content, zero, hot=False)
+        sweep = capture.sweep()
+        while (saved := _next(sweep)) is not None:
+            add(*saved, hot=False)
             # What waits in memory goes first, so that there is room for more.
             by_faults += hurried()
     return by_faults
+
+
+def _next(sweep: Iterator[Saved]) -> Saved | None:
+    # Whoever wants to write to one of these pages waits for us; for what is done with them afterwards nobody does.
+    with sched.favoured([threading.get_native_id()]):
+        return next(sweep, None)

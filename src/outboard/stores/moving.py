@@ -93,47 +93,49 @@ def units_of(fd: int, length: int) -> list[int]:
     return sorted(found)
 
 
-def move(way: Way, source: int, at: int, target: int, to: int, make_room: Callable[[], None]) -> bool:
+def move(way: Way, source: int, at: int, target: int, to: int, make_room: Callable[[], bool]) -> bool:
     """Move unit ``at`` of one file into the hole at unit ``to`` of another; whether that worked.
 
     If not, for want of room, then nothing has changed.
 
-    :param make_room: called where the file system wants some for its own books, for a moment.
+    :param make_room: called where the file system wants some for its own books, for a moment; whether there was any.
     """
     if way is Way.ALLOCATE:
         return _allocate_and_punch(source, at, target, to, make_room)
     for one in (way, Way.CLONE):
-        for _ in range(2):
-            try:
-                if one is Way.EXCHANGE:
-                    xfs.exchange(source, at * UNIT, target, to * UNIT, UNIT)
-                else:
-                    reflink.clone(source, at * UNIT, target, to * UNIT, UNIT)
-                    punch(source, at, make_room)
-            except KernelError as error:
-                if error.errno not in (*NO_ROOM, errno.EOPNOTSUPP):
-                    raise
-                if mapped(source, at) == 0 and is_mapped(target, to):
-                    return True
-                make_room()
-                punch(target, to, make_room)
+        try:
+            if one is Way.EXCHANGE:
+                xfs.exchange(source, at * UNIT, target, to * UNIT, UNIT)
             else:
+                reflink.clone(source, at * UNIT, target, to * UNIT, UNIT)
+                punch(source, at, make_room)
+        except KernelError as error:
+            if error.errno not in (*NO_ROOM, errno.EOPNOTSUPP):
+                raise
+            if mapped(source, at) == 0 and is_mapped(target, to):
                 return True
+            punch(target, to, make_room)
+            # It is lent, rather: what is moved by what the ballast frees costs the file system blocks of no file's.
+            if error.errno in NO_ROOM:
+                return False
+        else:
+            return True
     return False
 
 
-def punch(fd: int, unit: int, make_room: Callable[[], None]) -> None:
+def punch(fd: int, unit: int, make_room: Callable[[], bool]) -> None:
     """Let go of a unit's blocks; for its own books XFS wants a few free ones even for that."""
-    try:
-        fallocate.punch(fd, unit * UNIT, UNIT)
-    except KernelError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        make_room()
-        fallocate.punch(fd, unit * UNIT, UNIT)
+    while True:
+        try:
+            fallocate.punch(fd, unit * UNIT, UNIT)
+        except KernelError as error:
+            if error.errno not in NO_ROOM or not make_room():
+                raise
+        else:
+            return
 
 
-def _allocate_and_punch(source: int, at: int, target: int, to: int, make_room: Callable[[], None]) -> bool:
+def _allocate_and_punch(source: int, at: int, target: int, to: int, make_room: Callable[[], bool]) -> bool:
     try:
         fallocate.allocate(target, to * UNIT, UNIT)
     except KernelError as error:

@@ -257,7 +257,9 @@ class Reservation:
 
     def _restore(self, k: int) -> None:
         """Have a unit here that is nowhere; it is lost, for now, if the disk is full."""
-        if self._allocate(self._ours, k):
+        while not (is_there := self._allocate(self._ours, k)) and self._make_room():
+            pass
+        if is_there:
             self._fill(self._ours, k)
             self._map[k] = _HERE
         else:
@@ -282,9 +284,11 @@ class Reservation:
     def _punch(self, fd: int, unit: int) -> None:
         moving.punch(fd, unit, self._make_room)
 
-    def _make_room(self) -> None:
-        """Leave the disk what the ballast has; :meth:`_balance` has it back."""
-        os.ftruncate(self._ballast, 0)
+    def _make_room(self) -> bool:
+        """Leave the disk some of what the ballast has, which :meth:`_balance` has back; False: it has nothing."""
+        size = os.fstat(self._ballast).st_size
+        os.ftruncate(self._ballast, max(0, size - UNIT))
+        return size > 0
 
     def _fill(self, fd: int, unit: int) -> None:
         """Write a unit that is allocated only."""
@@ -357,6 +361,8 @@ class Reservation:
         k = self._first(_GONE)
         with self._intending(name, unit, k):
             came = self._move(fd, unit, self._ours, k)
+            while by_force and not came and self._make_room():
+                came = self._move(fd, unit, self._ours, k)
             if came:
                 self._map[k] = _HERE
             elif by_force:
@@ -394,12 +400,13 @@ class Reservation:
             if not wanted:
                 return
             # Its size is what is allocated to it, but for its own extent tree.
-            size = os.fstat(self._ballast).st_size + wanted * 512
+            size = os.fstat(self._ballast).st_size
             try:
                 if wanted > 0:
-                    fallocate.allocate(self._ballast, 0, size)
+                    # What it has already XFS would want free again.
+                    fallocate.allocate(self._ballast, size, wanted * 512)
                 else:
-                    os.ftruncate(self._ballast, max(0, size))
+                    os.ftruncate(self._ballast, max(0, size + wanted * 512))
             except OSError as error:
                 if error.errno not in NO_ROOM:
                     raise
@@ -440,7 +447,7 @@ class Reservation:
         with self._locked(), self._intending(name, 0, _NOTHING):
             self._regain()
             path = self._files / name
-            for attempt in range(2):
+            while True:
                 try:
                     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_DIRECT, 0o600)
                     os.ftruncate(fd, units * UNIT)
@@ -448,9 +455,8 @@ class Reservation:
                 except OSError as error:
                     if error.errno not in NO_ROOM:
                         raise KernelError(f"open of the swap file {path}", error.errno or errno.EIO) from error
-                    if attempt:
+                    if not self._make_room():
                         raise StoreFullError(f"the disk of {path} is full: the swap file cannot be made") from error
-                    self._make_room()
             self._balance()
             return SwapFile(name, fd, os.fstat(fd).st_ino)
 
