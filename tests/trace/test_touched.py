@@ -1,0 +1,83 @@
+"""What is touched between two looks is seen, and told from what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from outboard.errors import KernelError, RefusedError
+from outboard.linux.userfaultfd import Features, available_features
+from outboard.trace import touched as trace_of
+from outboard.trace.touched import TouchTrace
+from tests.support.process_guest import guest_of
+from tests.support.requirements import require
+from tests.support.target import Target
+
+
+def test_what_is_touched_is_seen_once_and_without_its_neighbours() -> None:
+    require("root", "no-swap")
+    with Target(mebibytes=8) as target, guest_of(target) as guest, TouchTrace(guest) as trace:
+        trace.look()
+        assert not trace.look().pages.size
+        assert target.ask("r 1007") == "1007"
+        assert target.ask("w 1500 5") == "written"
+        found = trace.look()
+        assert found.pages.tolist() == [1007, 1500]
+        assert found.written is None
+        assert not trace.look().pages.size
+        assert target.ask("r 1007") == "1007"
+        assert trace.look().pages.tolist() == [1007]
+        target.say("q")
+        target.ended()
+        with pytest.raises(KernelError):
+            trace.look()
+
+
+def test_writes_are_told_from_reads() -> None:
+    require("root", "no-swap")
+    if not available_features() & Features.WP_ASYNC:
+        pytest.skip("UFFD_FEATURE_WP_ASYNC")
+    with Target(mebibytes=8) as target, guest_of(target) as guest, TouchTrace(guest, writes=True) as trace:
+        trace.look()
+        trace.look()
+        target.ask("r 1007")
+        target.ask("w 1500 5")
+        found = trace.look()
+        assert found.pages.tolist() == [1007, 1500]
+        assert found.written is not None
+        assert found.written.tolist() == [1500]
+
+
+def test_large_pages_are_looked_at_whole() -> None:
+    require("root", "no-swap")
+    with Target(mebibytes=8) as target, guest_of(target) as guest, TouchTrace(guest, per=512) as trace:
+        trace.look()
+        trace.look()
+        target.ask("r 700")
+        assert trace.look().pages.tolist() == [512]
+
+
+def test_a_process_has_one_trace_and_its_content_stays() -> None:
+    require("root", "no-swap")
+    with Target(mebibytes=8) as target, guest_of(target) as guest:
+        with TouchTrace(guest) as trace:
+            with pytest.raises(RefusedError, match="traced already"):
+                TouchTrace(guest)
+            target.ask("g")
+            for _ in range(20):
+                trace.look()
+            assert target.ask("s").startswith("bad 0 of ")
+        assert target.ask("t").split()[0] == "touched"
+        with TouchTrace(guest) as again:
+            again.look()
+
+
+def test_writes_that_cannot_be_told_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("root")
+    monkeypatch.setattr(trace_of, "available_features", lambda: Features.PAGEFAULT_FLAG_WP)
+    with Target(mebibytes=1) as target, guest_of(target) as guest:
+        with pytest.raises(RefusedError, match="WP_ASYNC"):
+            TouchTrace(guest, writes=True)
+        with TouchTrace(guest) as trace:
+            trace.look()
+            target.ask("r 7")
+            assert 7 in trace.look().pages, "its neighbours may be there too"
