@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import cpio
-from .build import HERE, Image, digest, fetch, modules, unpack
+from .build import HERE, BuildError, Image, digest, fetch, modules, unpack
 
 _PACKAGES = ("busybox-static", "linux-image-amd64")
 _MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p")
@@ -57,11 +57,14 @@ def build(output: Path) -> Image:
     return Image(place / "vmlinuz", place / "initrd.gz")
 
 
-def command(image: Image, program: Path, results: Path, mebibytes: Sequence[int], distance: int = 21) -> list[str]:
+def command(
+    image: Image, program: Path, results: Path, console: Path, mebibytes: Sequence[int], distance: int = 21
+) -> list[str]:
     """QEMU's command line for a host with a processor and so much memory on each node, all alike far from one another.
 
-    :param program: a shell script of this machine, which it runs as root; then it powers off. :param results: a file of
-        this machine that takes what the program writes to ``/dev/vport0p1``.
+    :param program: a shell script of this machine, which it runs as root; then it powers off.
+    :param results: a file of this machine that takes what the program writes to ``/dev/vport*p1``; :param console: one
+        that takes what it prints.
     """
     nodes = len(mebibytes)
     words = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35", "-no-reboot"]
@@ -73,25 +76,29 @@ def command(image: Image, program: Path, results: Path, mebibytes: Sequence[int]
         for other in range(one):
             words += ["-numa", f"dist,src={one},dst={other},val={distance}"]
     words += ["-kernel", os.fspath(image.kernel), "-initrd", os.fspath(image.initrd)]
-    words += ["-append", f"{_COMMAND_LINE} outboard.run={program}", "-serial", "stdio"]
+    words += ["-append", f"{_COMMAND_LINE} outboard.run={program}"]
+    words += ["-serial", f"file:{console}"]
     words += ["-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"]
     words += ["-device", "virtio-serial-pci", "-chardev", f"file,id=results,path={results}"]
     return words + ["-device", "virtserialport,chardev=results,name=results"]
 
 
-def run(image: Image, program: Path, results: Path, mebibytes: Sequence[int], timeout: float) -> str:
-    """Boot it, have it run the program, and wait for its end; what it wrote to its console.
+def run(image: Image, program: Path, results: Path, console: Path, mebibytes: Sequence[int], timeout: float) -> None:
+    """Boot it, have it run the program, and wait for its end.
 
+    :raise BuildError: QEMU failed.
     :raise subprocess.TimeoutExpired: it has not ended.
     """
     done = subprocess.run(
-        command(image, program, results, mebibytes),
+        command(image, program, results, console, mebibytes),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        errors="replace",
         timeout=timeout,
         check=False,
     )
-    return done.stdout
+    if done.returncode:
+        raise BuildError(
+            f"the host of {len(mebibytes)} nodes: QEMU exited with {done.returncode}: {done.stdout.strip()}"
+        )

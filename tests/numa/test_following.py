@@ -42,6 +42,11 @@ class Model:
         self.refuse: dict[int, tuple[int, int]] = {}
         self.calls: list[tuple[list[int], int]] = []
         self.room = node.size
+        self.before = 0.0
+
+    def overhead(self) -> float:
+        self.clock.now += self.before
+        return self.before
 
     def move(self, units: NDArray[np.int64], node: int) -> tuple[NDArray[np.int32], float]:
         self.calls.append((units.tolist(), node))
@@ -56,7 +61,7 @@ class Model:
                 status[row] = -errno.ENOMEM
             else:
                 self.node[unit] = node
-        return status, self.each * units.size
+        return status, self.each * units.size + self.before
 
 
 def follow(
@@ -86,6 +91,16 @@ def test_all_of_it_comes_in_batches_that_no_one_waits_for_longer_than_permitted(
     assert (told.moved, told.to_come, told.stayed, told.local) == (20_000, 0, {}, 1.0)
     assert 0.005 < told.longest <= 0.02
     assert told.batches == len(model.calls)
+
+
+def test_what_each_call_takes_does_not_make_batches_small() -> None:
+    memory = memory_of(20_000)
+    model = Model(memory.node, Clock())
+    model.before = 0.05
+    _, told = follow(model, memory, POLICIES["hottest-first"])
+    assert told.overhead == 0.05
+    assert told.moved == 20_000
+    assert told.batches < 100
 
 
 def test_the_hottest_come_first() -> None:
@@ -172,6 +187,7 @@ def test_a_real_process_is_where_it_is_and_keeps_its_content() -> None:
             assert where.map_all() >= 0
             nodes = where.nodes()
             assert (nodes >= 0).all(), "what the trace unmapped is mapped again"
+            assert where.overhead() > 0
             status, took = where.move(np.arange(64), int(nodes[0]))
             assert (status == nodes[0]).all()
             assert took > 0

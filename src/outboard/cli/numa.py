@@ -10,6 +10,7 @@ import numpy as np
 
 from outboard.agent.config import state_dir
 from outboard.cli.numa_guests import move, show
+from outboard.cli.numa_placing import balance, place
 from outboard.cli.output import output_option, print_json, print_table
 from outboard.errors import OutboardError, UsageError
 from outboard.numa import policies as moves
@@ -24,7 +25,7 @@ def numa() -> None:
     """Hosts whose memory is nearer to some processors than to others."""
 
 
-for _command in (show, move):
+for _command in (show, move, place, balance):
     numa.add_command(_command)
 
 

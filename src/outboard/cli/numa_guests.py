@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from outboard.cli.attach import memory_options, open_memory
 from outboard.cli.output import Bandwidth, Duration, output_option, print_json, print_table, size_text
 from outboard.errors import UsageError
 from outboard.linux.numa import node_of_thread
+from outboard.numa import rivals
 from outboard.numa.following import Follower, Progress
 from outboard.numa.moving import Limits, Mover, Pace, Rests
 from outboard.numa.policies import ABSENT, POLICIES, Memory, local_share, order_of
@@ -21,7 +23,8 @@ from outboard.numa.warmth import watch
 from outboard.numa.whereabouts import Whereabouts, free_of, unit_of
 from outboard.vmm.guest import Guest
 
-_BATCH, _MOST_BYTES = 64, 1 << 30
+_BATCH, _LEAST, _MOST_BYTES = 64, 16, 1 << 30
+"""The first batch and the least, in small pages, and the largest in bytes."""
 _RETURN_S = 300.0
 _TELL_S = 0.5
 
@@ -168,6 +171,7 @@ def _words(told: Progress, unit: int) -> str:
     "--longest-stall", type=Duration(), default="20ms", show_default=True, help="What a batch may take at most."
 )
 @click.option("--tail", type=Bandwidth(), default="100MB", show_default=True, help="The background's rate a second.")
+@click.option("--pause-balancing", is_flag=True, help="Turn the kernel's NUMA balancing off meanwhile, host-wide.")
 @click.option("--dry-run", is_flag=True, help="Only say what would move.")
 @output_option("table", "ndjson")
 def move(
@@ -179,6 +183,7 @@ def move(
     seconds: float,
     longest_stall: float,
     tail: int,
+    pause_balancing: bool,
     dry_run: bool,
     output: str,
 ) -> None:
@@ -192,9 +197,7 @@ def move(
     with open_memory(vm, qmp, pid) as guest:
         per = unit_of(guest)
         if policy.order != "address" and not seconds:
-            raise RefusedError(
-                "no-heat", f"--policy {name} needs to know what is hot; give --watch more than 0 seconds"
-            )
+            raise UsageError(f"--policy {name} needs to know what is hot; give --watch more than 0 seconds")
         memory = seen(guest, per, seconds, writes=policy.order == "writes")
         with Whereabouts(guest, per) as where:
             where.map_all()
@@ -208,22 +211,25 @@ def move(
                     f"{size_text(hot * unit)} of it {'hot' if policy.order != 'address' else 'in order'}; "
                     f"{size_text(free)} free there; {local_share(memory, node):.1%} of the accesses are local"
                 )
+            for words in rivals.warnings(paused=pause_balancing):
+                click.echo(f"warning: {words}", err=True)
             if dry_run:
                 return
             follower = Follower(
                 where,
                 memory,
                 Mover(policy, node, Limits(_BATCH, max(1.0, tail / unit)), free // unit),
-                Pace(longest_stall, max(1, _BATCH // per), max(1, _MOST_BYTES // unit)),
+                Pace(longest_stall, max(1, _BATCH // per), max(1, _MOST_BYTES // unit), max(1, _LEAST // per)),
                 Rests(memory.node.size, _RETURN_S),
                 time.monotonic,
                 time.sleep,
             )
             told = time.monotonic()
-            while follower.step():
-                if time.monotonic() - told >= _TELL_S:
-                    told = time.monotonic()
-                    _tell(follower.progress(), unit, output, end="\r" if sys.stdout.isatty() else "\n")
+            with rivals.balancing_paused() if pause_balancing else nullcontext():
+                while follower.step():
+                    if time.monotonic() - told >= _TELL_S:
+                        told = time.monotonic()
+                        _tell(follower.progress(), unit, output, end="\r" if sys.stdout.isatty() else "\n")
             _tell(follower.progress(), unit, output, end="\n")
 
 

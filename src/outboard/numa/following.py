@@ -1,12 +1,15 @@
 """Memory follows its vCPUs to a node: batches as :mod:`outboard.numa.moving` orders them, carried out.
 
-Each batch is one call, and its size follows from how long the last took, so that nobody who touches what is being moved
-waits longer than permitted. What was busy is tried again in the end; what cannot be moved is counted by the reason.
+Each batch is one call, and its size follows from how long the last took, so that nobody who touches what is being
+moved waits longer than permitted. What was busy is tried again in the end; what cannot be moved is counted by the
+reason.
 """
 
 from __future__ import annotations
 
 import errno
+import statistics
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -18,6 +21,8 @@ from outboard.numa.moving import Mover, Pace, Rests
 from outboard.numa.policies import Memory, local_share
 
 _TRIES = 3
+_PROBE, _PROBES = 8, 5
+"""Batches after which the overhead of a call is measured again, and how many of these count."""
 _AGAIN = (-errno.EBUSY, -errno.EAGAIN)
 _WHY = {
     -errno.EBUSY: "in use by the kernel",
@@ -36,12 +41,17 @@ class Units(Protocol):
         """Where each is now, or a negated errno; and the seconds that it took."""
         ...
 
+    def overhead(self) -> float:
+        """Seconds that a call takes which moves nothing, and in which nobody waits."""
+        ...
+
 
 class Progress(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.numa-move.v1"):
     """After ``seconds``: units that have come to the node and left it, and that are still to come.
 
-    ``local``: the part of the accesses that are to memory on the node; ``longest``: the longest call, in seconds.
-    ``stayed``: units that could not be moved, by reason.
+    ``local``: the part of the accesses that are to memory on the node; ``longest``: the longest call, in seconds, of
+    which ``overhead``, in the median of late, is spent before anything is moved. ``stayed``: units that could not be
+    moved, by reason.
     """
 
     seconds: float
@@ -51,6 +61,7 @@ class Progress(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.nu
     local: float
     batches: int
     longest: float
+    overhead: float
     stayed: dict[str, int] = {}
 
 
@@ -79,6 +90,7 @@ class Follower:
         self._began = clock()
         self._moved = self._left = self._batches = self._tries = 0
         self._longest = 0.0
+        self._overheads: deque[float] = deque(maxlen=_PROBES)
         self._status: NDArray[np.int32] = np.zeros(memory.node.size, dtype=np.int32)
         mover.plan(memory, rests.resting(self._began))
 
@@ -89,7 +101,9 @@ class Follower:
             part = units[at : at + self._pace.batch]
             at += part.size
             status, took = self._units.move(part, node)
-            self._pace.took(part.size, took)
+            if self._batches % _PROBE == 0:
+                self._overheads.append(self._units.overhead())
+            self._pace.took(part.size, took - statistics.median(self._overheads))
             self._batches += 1
             self._longest = max(self._longest, took)
             self._status[part] = np.minimum(status, 0)
@@ -149,5 +163,6 @@ class Follower:
             local_share(self.memory, self._mover.to),
             self._batches,
             self._longest,
+            statistics.median(self._overheads) if self._overheads else 0.0,
             stayed,
         )

@@ -71,6 +71,7 @@ class Whereabouts:
         self._bases: NDArray[np.int64] = np.array(
             [region.hva - region.first * PAGE_SIZE for region in guest.regions], dtype=np.int64
         )
+        self._node = next((one.number for one in sysfs.nodes() if one.memory), 0)
         self._pagemap = Pagemap(guest.pid)
         try:
             exclude_others(guest, self._pagemap)
@@ -127,6 +128,7 @@ class Whereabouts:
         :raise KernelError: as :func:`outboard.linux.numa.move_pages`.
         """
         addresses = self._addresses(self._pages(units).reshape(-1))
+        self._node = node
         began = time.perf_counter()
         status = numa.move_pages(self._guest.pid, addresses, node)
         took = time.perf_counter() - began
@@ -136,6 +138,17 @@ class Whereabouts:
         rows = self._asked(units)
         there = ((rows == node) | (rows == -errno.ENOENT)).all(axis=1)
         return np.where(there, node, np.minimum(status.reshape(rows.shape).min(axis=1), -errno.EBUSY)), took
+
+    def overhead(self) -> float:
+        """Seconds that a call takes which moves nothing: before it moves anything, the kernel has each processor give
+        up the pages that it holds in batches.
+
+        :raise KernelError: as :meth:`move`.
+        """
+        address = np.zeros(1, dtype=np.int64)
+        began = time.perf_counter()
+        numa.move_pages(self._guest.pid, address, int(self._node))
+        return time.perf_counter() - began
 
     def close(self) -> None:
         """Idempotent."""

@@ -1,8 +1,8 @@
-"""Which pages were touched since the last look, and which of them were written: a cheap trace of all pages at once.
+"""Which pages were touched within a time, and which of them were written: a cheap trace of many pages at once.
 
-Each look drops the mappings of what was touched; whoever touches a page again has the kernel map it, for 5 to 10 us,
-and nobody is woken. One access a page and look is seen, so looks follow one another at various distances, and how many
-of them a page was touched in tells how hot it is.
+Mappings are dropped; whoever touches a page has the kernel map it again, for 5 to 10 us, and nobody is woken; then the
+page tables are looked at. One access a page is seen, so how many of several times, long and short ones, it was touched
+in tells how hot it is.
 
 The memory is registered with a userfaultfd that protects nothing, since else the kernel would map the neighbours
 of a page that is read. Where writes are to be told from reads it does protect what has been dropped, asynchronously.
@@ -26,7 +26,7 @@ from outboard.linux.userfaultfd import Features, Mode, available_features
 from outboard.pages import PAGE_SIZE
 from outboard.trace.accesses import exclude_others, held_by_a_pager
 from outboard.trace.running import Running
-from outboard.trace.zap import Dontneed, places_of
+from outboard.trace.zap import Dontneed, heads, places_of
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
 
@@ -45,7 +45,7 @@ class Touched(NamedTuple):
 
 
 class TouchTrace:
-    """A trace over all of a guest's memory; what is touched from now on is seen.
+    """A trace over a guest's memory, in which nothing is armed at first.
 
     :param per: pages that are looked at as one: 512 where memory is in large pages.
     :param writes: tell writes from reads.
@@ -64,7 +64,10 @@ class TouchTrace:
                 "and memory in small pages",
             )
         self._writes = writes
-        self._armed: NDArray[np.bool_] = np.zeros(-(-guest.pages // per), dtype=np.bool_)
+        self.units = -(-guest.pages // per)
+        self._armed: NDArray[np.bool_] = np.zeros(self.units, dtype=np.bool_)
+        # The kernel would write the pages to swap, or split the large ones, if they were dropped from outside.
+        self._inject = Dontneed(guest, Running(guest.pid)) if per > 1 or proc.meminfo()["SwapTotal"] else None
         self._clamp: Clamp | None = None
         self._process = -1
         self._pagemap = Pagemap(guest.pid)
@@ -72,7 +75,6 @@ class TouchTrace:
             exclude_others(guest, self._pagemap)
             self._process = pidfd.open(guest.pid)
             self._clamp = self._hold()
-            self._arm(np.arange(self._armed.size, dtype=np.int64))
         except BaseException:
             self.close()
             raise
@@ -88,58 +90,64 @@ class TouchTrace:
                 raise
             return None
 
-    def _entries(self) -> NDArray[np.int64]:
-        """The page table's entries of all of the guest's pages."""
-        found: NDArray[np.int64] = np.empty(self._guest.pages, dtype=np.int64)
+    def _pages(self, first: int, count: int) -> tuple[int, int]:
+        """The pages of ``count`` units from ``first`` on: the first, and the one after the last."""
+        return first * self._per, min((first + count) * self._per, self._guest.pages)
+
+    def _entries(self, low: int, high: int) -> NDArray[np.int64]:
+        """The page tables' entries of some pages."""
+        found: NDArray[np.int64] = np.empty(high - low, dtype=np.int64)
         for region in self._guest.regions:
-            for first in range(0, region.pages, _ENTRIES):
-                count = min(_ENTRIES, region.pages - first)
-                at = region.first + first
-                found[at : at + count] = self._pagemap.entries(region.hva + first * PAGE_SIZE, count).view(np.int64)
+            end = min(high, region.first + region.pages)
+            for at in range(max(low, region.first), end, _ENTRIES):
+                count = min(_ENTRIES, end - at)
+                address = region.hva + (at - region.first) * PAGE_SIZE
+                found[at - low : at - low + count] = self._pagemap.entries(address, count).view(np.int64)
         return found
 
     def _by_unit(self, pages: NDArray[np.bool_]) -> NDArray[np.bool_]:
         if self._per == 1:
             return pages
-        starts = np.arange(0, pages.size, self._per)
-        return np.logical_or.reduceat(pages, starts)
+        return np.logical_or.reduceat(pages, np.arange(0, pages.size, self._per))
 
-    def _arm(self, units: NDArray[np.int64]) -> None:
-        """Drop the mappings of units, and note which are gone."""
-        if not units.size:
-            return
-        pages = units
-        if self._per > 1:
-            pages = (units[:, None] * self._per + np.arange(self._per)).reshape(-1)
-            pages = pages[pages < self._guest.pages]
-        places = places_of(self._guest, pages)
-        if self._per > 1 or proc.meminfo()["SwapTotal"]:
-            # The kernel would write the pages to swap, or split the large ones.
-            Dontneed(self._guest, Running(self._guest.pid))(places, None)
-        else:
-            process_madvise.advise(self._process, places.spans.view(np.uint64), Advice.PAGEOUT)
-        if self._writes and self._clamp is not None:
-            for start, length in places.spans.tolist():
-                self._clamp.uffd.write_protect(start, length)
-        self._armed[units] = True
-        # What another processor has just taken in cannot be dropped, and says nothing until it can.
-        self._armed &= ~self._by_unit(self._entries() < 0)
-
-    def look(self) -> Touched:
-        """What was touched since the last look, and look again from now on.
+    def arm(self, first: int, count: int) -> None:
+        """Drop the mappings of ``count`` units from ``first`` on: who touches them from now on is seen.
 
         :raise KernelError: the process has ended.
         """
-        entries = self._entries()
-        present = entries < 0
-        there = self._by_unit(present)
-        units = np.flatnonzero(there & self._armed)
+        low, high = self._pages(first, count)
+        spans = [
+            (
+                region.hva + (max(low, region.first) - region.first) * PAGE_SIZE,
+                (end - max(low, region.first)) * PAGE_SIZE,
+            )
+            for region in self._guest.regions
+            if (end := min(high, region.first + region.pages)) > max(low, region.first)
+        ]
+        if self._inject:
+            places = places_of(self._guest, heads(self._guest, np.arange(low, high, dtype=np.int64)))
+            self._inject(places, None)
+        else:
+            process_madvise.advise(self._process, spans, Advice.PAGEOUT)
+        if self._writes and self._clamp is not None:
+            for start, length in spans:
+                self._clamp.uffd.write_protect(start, length)
+        # What another processor has just taken in cannot be dropped, and says nothing until it can.
+        self._armed[first : first + count] = ~self._by_unit(self._entries(low, high) < 0)
+
+    def seen(self, first: int, count: int) -> Touched:
+        """What was touched of ``count`` units from ``first`` on since they were armed.
+
+        :raise KernelError: the process has ended.
+        """
+        low, high = self._pages(first, count)
+        entries = self._entries(low, high)
+        armed = self._armed[first : first + count]
+        there = self._by_unit(entries < 0) & armed
         written = None
         if self._writes:
-            written = np.flatnonzero(present & self._armed & (entries & WRITE_PROTECTED_ENTRY == 0))
-        # Those that could not be dropped before are tried again.
-        self._arm(np.flatnonzero(there))
-        return Touched(units * self._per, written)
+            written = np.flatnonzero((entries < 0) & armed & (entries & WRITE_PROTECTED_ENTRY == 0)) + low
+        return Touched((np.flatnonzero(there) + first) * self._per, written)
 
     def close(self) -> None:
         """Leave the guest as it was, but for the mappings, which come back when they are needed. Idempotent."""
