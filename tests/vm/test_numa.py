@@ -1,0 +1,46 @@
+"""A real VM's memory and threads by node: shown, and left alone on a host of one node, managed or not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from outboard.linux.numa import several_nodes
+from tests.support.cluster import Vm
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_vm_is_shown_and_nothing_moves_within_its_node(vm: Vm) -> None:
+    if several_nodes():
+        pytest.skip("this host has several nodes")
+    host = vm.cluster.a
+
+    def told(*arguments: str) -> dict[str, object]:
+        done = host.outboard("numa", *arguments)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert isinstance(found, dict)
+        return found
+
+    shown = told("show", vm.name, "--watch", "2", "-o", "json")
+    (node,) = shown["nodes"]  # type: ignore[misc]
+    assert node["memory"] + shown["unmapped"] == shown["memory"] == 256 << 20  # type: ignore[index]
+    assert 16 << 20 < node["touched"] < node["memory"], "it writes to 64 MiB"  # type: ignore[index]
+    assert [one["vcpu"] for one in shown["vcpus"]] == [0]  # type: ignore[attr-defined]
+    moved = told("move", vm.name, "--to", "0", "--watch", "1", "-o", "ndjson")
+    assert (moved["moved"], moved["to_come"], moved["local"]) == (0, 0, 1.0)
+    placed = told("place", vm.name, "--watch", "1", "-o", "json")
+    assert not placed["done"]
+    assert len(placed["threads"]) >= 2  # type: ignore[arg-type]
+    refused = host.outboard("numa", "move", vm.name, "--to", "1")
+    assert refused.returncode == 3
+    assert "no node 1 with memory" in refused.stderr
+    # What is in a store stays there, however its memory is looked at.
+    assert host.outboard("evict", vm.name, "--idle", "2").returncode == 0
+    before = json.loads(host.outboard("residency", vm.name, "-o", "json").stdout)
+    assert told("show", vm.name, "--watch", "1", "-o", "json")["unmapped"] >= before["file"] > 0
+    after = json.loads(host.outboard("residency", vm.name, "-o", "json").stdout)
+    assert after["file"] > before["file"] * 0.9
+    vm.verify("a")
