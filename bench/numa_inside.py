@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,7 @@ from outboard.vmm.process import attach_process
 
 MIGRATE, BALANCING, TO_AND_FRO = "migrate_pages", "kernel balancing", "to and fro"
 _BALANCING = Path("/proc/sys/kernel/numa_balancing")
-_PERIOD_S = 0.2
+_PERIOD_S, _SAMPLE = 0.2, 2048
 _HOT = 1000
 
 
@@ -51,7 +52,7 @@ class Setup(msgspec.Struct):
 
 
 class Outcome(msgspec.Struct):
-    """Of an arm: the local share at ``seconds``, as sampled, and the pages that the kernel had migrated by then.
+    """Of an arm: the local share at some moments, as sampled, and how many pages had come by then, likewise.
 
     ``batches``: end, pages and seconds of each; ``local``: the true share after each. ``gap``: the longest that the
     target waited for 16 touches, and ``wrong`` words that it found. ``agrees``: how well the watched heat orders pages
@@ -74,11 +75,11 @@ class Outcome(msgspec.Struct):
 
 
 class Target:
-    """zipf.c on the first processor, and its memory on that node."""
+    """zipf.c on the first processor, and its memory on that node, from ``start`` on."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, kind: str) -> None:
         self._process = subprocess.Popen(
-            [setup.program, setup.sequence, str(setup.pages)],
+            [setup.program, setup.sequence, str(setup.pages), kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -86,7 +87,7 @@ class Target:
             preexec_fn=lambda: os.sched_setaffinity(0, {0}),  # no thread of ours runs yet
         )
         self.pid = self._process.pid
-        self._line()
+        self.start = int(self._line().split()[1])
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -131,36 +132,31 @@ class _Recorded:
         return status, took
 
 
-def _migrated() -> int:
-    for line in Path("/proc/vmstat").read_text().splitlines():
-        if line.startswith("pgmigrate_success "):
-            return int(line.split()[1])
-    raise RuntimeError("this kernel does not count the pages that it migrates")
-
-
 class _Sampler(threading.Thread):
-    """Where a sample of the accesses goes, five times a second."""
+    """Where a sample of the accesses goes, and where a sample of the pages is, five times a second."""
 
-    def __init__(self, guest: Guest, sample: NDArray[np.int64], began: float) -> None:
+    def __init__(self, target: Target, setup: Setup, weights: NDArray[np.float64], began: float) -> None:
         super().__init__(daemon=True)
-        self._guest, self._began = guest, began
-        self._addresses = guest.regions[0].hva + sample * 4096
+        random = np.random.default_rng(7)
+        pages = np.concatenate(
+            (random.choice(setup.pages, _SAMPLE, p=weights), random.integers(setup.pages, size=_SAMPLE))
+        )
+        self._pid, self._pages, self._began = target.pid, setup.pages, began
+        self._addresses = target.start + pages * 4096
         self.ended = threading.Event()
         self.at: list[float] = []
         self.shares: list[float] = []
         self.migrated: list[int] = []
-        self._origin = _migrated()
 
     def run(self) -> None:
         while not self.ended.wait(_PERIOD_S):
             self.look()
 
     def look(self) -> None:
-        nodes = nodes_of_pages(self._guest.pid, self._addresses)
-        known = nodes >= 0
+        there = nodes_of_pages(self._pid, self._addresses) == 1
         self.at.append(time.monotonic() - self._began)
-        self.shares.append(float((nodes[known] == 1).mean()) if known.any() else 0.0)
-        self.migrated.append(_migrated() - self._origin)
+        self.shares.append(float(there[:_SAMPLE].mean()))
+        self.migrated.append(round(float(there[_SAMPLE:].mean()) * self._pages))
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -192,16 +188,15 @@ def _follow(guest: Guest, setup: Setup, arm: str, memory: Memory, clock: Callabl
 def run(setup: Setup, arm: str, weights: NDArray[np.float64]) -> Outcome:
     """One arm: the target begins on node 0, goes to node 1, and its memory after it."""
     _BALANCING.write_text("0")
-    random = np.random.default_rng(7)
-    sample = random.choice(setup.pages, 4096, p=weights)
-    target = Target(setup)
+    # The kernel's balancing leaves pages of a file where they are, those of memfd too.
+    target = Target(setup, "private" if arm == BALANCING else "shared")
     try:
-        with attach_process(target.pid) as guest:
+        with nullcontext() if arm == BALANCING else attach_process(target.pid) as guest:
             time.sleep(0.5)
             before = target.rate()
             memory = Memory(np.zeros(setup.pages), np.zeros(setup.pages), np.zeros(setup.pages, dtype=np.int16))
             watched = 0.0
-            if arm in POLICIES and arm != "address":
+            if guest is not None and arm in POLICIES and arm != "address":
                 began = time.monotonic()
                 memory = watch(guest, 1, setup.watch)
                 watched = time.monotonic() - began
@@ -211,24 +206,24 @@ def run(setup: Setup, arm: str, weights: NDArray[np.float64]) -> Outcome:
             os.sched_setaffinity(target.pid, {1})
             target.ask("g")
             began = time.monotonic()
-            sampler = _Sampler(guest, sample, began)
+            sampler = _Sampler(target, setup, weights, began)
             sampler.look()
             sampler.start()
             batches: list[tuple[float, int, float]] = []
             local: list[float] = []
             overhead = 0.0
-            if arm in POLICIES:
+            if guest is not None and arm in POLICIES:
                 recorded = _follow(guest, setup, arm, memory, lambda: began)
                 batches = recorded.batches
                 overhead = float(np.median(recorded.overheads))
                 local = np.cumsum([weights[came].sum() for came in recorded.came]).tolist()
             elif arm == MIGRATE:
                 migrate_pages(target.pid, 0, 1)
-                batches = [(time.monotonic() - began, sampler.migrated[-1], time.monotonic() - began)]
+                batches = [(time.monotonic() - began, setup.pages, time.monotonic() - began)]
             elif arm == BALANCING:
                 while time.monotonic() < began + setup.most and sampler.shares[-1] < 0.95:
                     time.sleep(_PERIOD_S)
-            else:
+            elif guest is not None:
                 batches = _to_and_fro(guest, setup, weights, began)
             sampler.ended.set()
             sampler.join()

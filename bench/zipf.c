@@ -1,6 +1,6 @@
-// A process that reads and writes pages in a known order and knows what each must hold. zipf FILE PAGES: maps PAGES pages of
-// shared memory, fills them, and touches them in the order that FILE gives (32-bit page numbers, over and over): each touch
-// checks 64 words of the page and counts in another. Prints "ready", then obeys lines on standard input while the touching
+// A process that reads and writes pages in a known order and knows what each must hold. zipf FILE PAGES KIND: maps PAGES pages of
+// memory (shared; private), fills them, and touches them in the order that FILE gives (32-bit page numbers, over and over): each touch
+// checks 64 words of the page and counts in another. Prints "ready ADDRESS", then obeys lines on standard input while the touching
 // goes on:
 //   g  begin to look for gaps; "ok"
 //   e  "TOUCHES GAP_NS": touches so far, and the longest time that 16 touches took since "g"
@@ -27,7 +27,7 @@ static int64_t now(void) {
 static uint64_t content(size_t page, size_t word) { return (page * WORDS + word) * 0x9E3779B97F4A7C15ull; }
 
 int main(int count, char **arguments) {
-    if (count != 3) return 2;
+    if (count != 4) return 2;
     int file = open(arguments[1], O_RDONLY);
     struct stat status;
     if (file < 0 || fstat(file, &status)) return 3;
@@ -35,12 +35,13 @@ int main(int count, char **arguments) {
     const int32_t *sequence = mmap(NULL, status.st_size, PROT_READ, MAP_PRIVATE | MAP_POPULATE, file, 0);
     int memory = memfd_create("zipf", 0);
     if (sequence == MAP_FAILED || memory < 0 || ftruncate(memory, pages * 4096)) return 4;
-    volatile uint64_t *region = mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+    int flags = arguments[3][0] == 's' ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+    volatile uint64_t *region = mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE, flags, flags == MAP_SHARED ? memory : -1, 0);
     uint32_t *counts = calloc(pages, sizeof *counts);
     if (region == MAP_FAILED || !counts) return 5;
     for (size_t page = 0; page < pages; page++)
         for (size_t word = 1; word < WORDS; word++) region[page * WORDS + word] = content(page, word);
-    printf("ready\n");
+    printf("ready %lu\n", (unsigned long)region);
     fflush(stdout);
     uint64_t touches = 0, wrong = 0;
     int64_t last = now(), longest = 0;

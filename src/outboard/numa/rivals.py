@@ -1,9 +1,9 @@
 """Others that move memory and threads between nodes: numad, and the kernel's own NUMA balancing.
 
 The kernel has no switch for a single process: NUMA balancing is on or off for the host, by
-/proc/sys/kernel/numa_balancing.
+/proc/sys/kernel/numa_balancing. It passes over mappings of tmpfs that have no memory policy of their own.
 
-Source: Documentation/admin-guide/sysctl/kernel.rst, numad(8).
+Source: Documentation/admin-guide/sysctl/kernel.rst, vma_policy_mof() in mm/mempolicy.c, numad(8).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def warnings(*, paused: bool = False) -> list[str]:
         return words
     if balancing() and not paused:
         words.append(
-            "the kernel's NUMA balancing is on: it moves pages to the node that last touched them, cold ones too, and "
-            "traps accesses to find that out; --pause-balancing turns it off meanwhile, for all of the host, since the "
-            "kernel has no switch for one process"
+            "the kernel's NUMA balancing is on: it moves threads that are not bound to where their own memory is; memory "
+            "in files (memfd, /dev/shm), as VMs' is, it leaves alone unless it has a policy by mbind. --pause-balancing "
+            "of outboard numa move turns it off meanwhile, for all of the host: the kernel has no switch for one process"
         )
     if pid := numad():
         words.append(
