@@ -30,7 +30,8 @@ def test_a_vm_is_shown_and_nothing_moves_within_its_node(vm: Vm) -> None:
     assert 16 << 20 < node["touched"] < node["memory"], "it writes to 64 MiB"
     assert [one["vcpu"] for one in shown["vcpus"]] == [0]
     moved = told("move", vm.name, "--to", "0", "--watch", "1", "-o", "ndjson")
-    assert (moved["moved"], moved["to_come"], moved["local"]) == (0, 0, 1.0)
+    assert (moved["moved"], moved["to_come"]) == (0, 0)
+    assert moved["local"] > 0.999
     placed = told("place", vm.name, "--watch", "1", "-o", "json")
     assert not placed["done"]
     assert len(placed["threads"]) >= 2

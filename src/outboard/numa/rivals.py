@@ -42,9 +42,10 @@ def warnings(*, paused: bool = False) -> list[str]:
         return words
     if balancing() and not paused:
         words.append(
-            "the kernel's NUMA balancing is on: it moves threads that are not bound to where their own memory is; memory "
-            "in files (memfd, /dev/shm), as VMs' is, it leaves alone unless it has a policy by mbind. --pause-balancing "
-            "of outboard numa move turns it off meanwhile, for all of the host: the kernel has no switch for one process"
+            "the kernel's NUMA balancing is on: it moves threads that are not bound to where their own memory is; "
+            "memory in files (memfd, /dev/shm), as VMs' is, it leaves alone unless that has a policy by mbind. "
+            "--pause-balancing of outboard numa move turns it off meanwhile, for all of the host: the kernel has no "
+            "switch for one process"
         )
     if pid := numad():
         words.append(
