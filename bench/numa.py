@@ -182,6 +182,7 @@ def claims_of(runs: list[list[Outcome]]) -> list[Claim]:
 @click.option("--watch", type=click.FloatRange(0.5, 60), default=8.0, show_default=True, help="Seconds of looking.")
 @click.option("--most", type=click.FloatRange(1, 300), default=40.0, show_default=True, help="Seconds of an arm.")
 @click.option("--moves", type=click.IntRange(1, 1000), default=100, show_default=True, help="To and fro at the end.")
+@click.option("--beside", is_flag=True, help="Work on the target's processor: where this machine is busy.")
 @click.option("--arm", "arms", multiple=True, help="Only these arms.")
 @click.option(
     "--svg", "picture", type=click.Path(path_type=Path), help="Draw the local share over time into this file."
@@ -194,6 +195,7 @@ def main(
     watch: float,
     most: float,
     moves: int,
+    beside: bool,
     arms: tuple[str, ...],
     picture: Path | None,
 ) -> None:
@@ -206,7 +208,7 @@ def main(
         directory = Path(tempfile.mkdtemp(prefix="outboard-bench-", dir="/var/tmp"))
         try:
             program, sequence, weights = (str(directory / name) for name in ("zipf", "sequence", "weights.npy"))
-            setup = Setup(chosen, program, sequence, weights, mib << 8, watch, most, 0.020, moves)
+            setup = Setup(chosen, program, sequence, weights, mib << 8, watch, most, 0.020, moves, beside)
             script = prepare(directory, setup, zipf)
             console_log = directory / "console"
             seconds = 300 + len(chosen) * 3 * most

@@ -37,7 +37,8 @@ class Setup(msgspec.Struct):
     """What to do: arms by name, on a target of so many pages that touches them as the file has it.
 
     ``watch``: seconds of looking; ``most``: seconds that an arm may take; ``stall``: seconds of a batch;
-    ``moves``: how often the hottest go to and fro.
+    ``moves``: how often the hottest go to and fro. ``beside``: work on the target's own processor, where it takes turns
+    with it, instead of on the other.
     """
 
     arms: list[str]
@@ -49,6 +50,7 @@ class Setup(msgspec.Struct):
     most: float
     stall: float
     moves: int
+    beside: bool = False
 
 
 class Outcome(msgspec.Struct):
@@ -188,6 +190,8 @@ def _follow(guest: Guest, setup: Setup, arm: str, memory: Memory, clock: Callabl
 def run(setup: Setup, arm: str, weights: NDArray[np.float64]) -> Outcome:
     """One arm: the target begins on node 0, goes to node 1, and its memory after it."""
     _BALANCING.write_text("0")
+    if setup.beside:
+        os.sched_setaffinity(0, {0})
     # The kernel's balancing leaves pages of a file where they are, those of memfd too.
     target = Target(setup, "private" if arm == BALANCING else "shared")
     try:
@@ -204,6 +208,8 @@ def run(setup: Setup, arm: str, weights: NDArray[np.float64]) -> Outcome:
             if arm == BALANCING:
                 _BALANCING.write_text("1")
             os.sched_setaffinity(target.pid, {1})
+            if setup.beside:
+                os.sched_setaffinity(0, {1})
             target.ask("g")
             began = time.monotonic()
             sampler = _Sampler(target, setup, weights, began)
@@ -270,7 +276,6 @@ def main() -> None:
     """Run the arms, one after the other."""
     setup = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Setup)
     weights = np.load(setup.weights)
-    os.sched_setaffinity(0, {0})
     with Path(sys.argv[2]).open("wb") as results:
         for arm in setup.arms:
             print(f"{arm} begins", flush=True)
