@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from outboard.errors import KernelError, RefusedError
@@ -99,3 +101,16 @@ def test_a_part_is_looked_at_by_itself() -> None:
             target.ask(f"r {page}")
         assert trace.seen(1000, 100).pages.tolist() == [1000, 1050]
         assert trace.seen(1001, 10).pages.tolist() == []
+
+
+def test_what_is_touched_before_anybody_can_look_is_seen() -> None:
+    require("root", "no-swap")
+    with Target(mebibytes=1) as target, guest_of(target) as guest, TouchTrace(guest) as trace:
+        target.ask("g")
+        found = 0
+        for _ in range(20):
+            trace.arm(0, trace.units)
+            time.sleep(0.005)
+            found = max(found, trace.seen(0, trace.units).pages.size)
+        assert found > 200
+        assert target.ask("s").startswith("bad 0 of ")

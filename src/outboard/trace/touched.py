@@ -13,13 +13,14 @@ Source: process_madvise(2), userfaultfd(2), Documentation/admin-guide/mm/pagemap
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import RefusedError
-from outboard.linux import pidfd, proc, process_madvise
+from outboard.errors import KernelError, RefusedError
+from outboard.linux import numa, pidfd, proc, process_madvise
 from outboard.linux.pagemap import WRITE_PROTECTED_ENTRY, Pagemap
 from outboard.linux.process_madvise import Advice
 from outboard.linux.userfaultfd import Features, Mode, available_features
@@ -74,6 +75,9 @@ class TouchTrace:
         try:
             exclude_others(guest, self._pagemap)
             self._process = pidfd.open(guest.pid)
+            # What a processor has just taken in cannot be dropped until it gives that up, as for a move of no page.
+            with contextlib.suppress(KernelError):
+                numa.move_pages(guest.pid, np.zeros(1, dtype=np.int64), 0)
             self._clamp = self._hold()
         except BaseException:
             self.close()
@@ -132,8 +136,8 @@ class TouchTrace:
         if self._writes and self._clamp is not None:
             for start, length in spans:
                 self._clamp.uffd.write_protect(start, length)
-        # What another processor has just taken in cannot be dropped, and says nothing until it can.
-        self._armed[first : first + count] = ~self._by_unit(self._entries(low, high) < 0)
+        # What is mapped already was touched since: the hottest pages are, before anybody can look.
+        self._armed[first : first + count] = True
 
     def seen(self, first: int, count: int) -> Touched:
         """What was touched of ``count`` units from ``first`` on since they were armed.
