@@ -88,7 +88,8 @@ def fetch(debs: Path, packages: Iterable[str] = PACKAGES) -> list[Path]:
     return [debs / f"{name}_{version.replace(':', '%3a')}_{architecture}.deb" for name, version, architecture in chosen]
 
 
-def _unpack(packages: Iterable[Path], root: Path) -> None:
+def unpack(packages: Iterable[Path], root: Path) -> None:
+    """Unpack packages over one another."""
     for package in packages:
         run("dpkg-deb", "-x", package, root)
 
@@ -156,7 +157,7 @@ def digest() -> str:
 
 def _make(output: Path, into: Path) -> None:
     root = into / "root"
-    _unpack(fetch(output / "debs"), root)
+    unpack(fetch(output / "debs"), root)
     dirty = into / "dirty"
     run("gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", dirty, HERE / "dirty.c")
     (kernel,) = root.glob("boot/vmlinuz-*")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from outboard.cli import outboard
-from outboard.errors import SpecError, UsageError
+from outboard.errors import NotFoundError, SpecError, UsageError
 from outboard.numa.policies import POLICIES
+from tests.support.requirements import require
+from tests.support.target import Target
 
 TWO = Path(__file__).parents[1] / "numa" / "topologies" / "cxl.json"
 
@@ -53,3 +56,54 @@ def test_policies_say_when_to_use_them() -> None:
     assert [one["name"] for one in told] == list(POLICIES)
     assert all(one["use"].endswith(".") for one in told)
     assert "hottest-first" in run("policies")
+
+
+def test_a_process_is_shown_placed_and_moved_within_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("root", "no-swap")
+    monkeypatch.setenv("OUTBOARD_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("OUTBOARD_STATE_DIR", str(tmp_path))
+    with Target(mebibytes=8) as target:
+        target.ask("g")
+        pid = ("--pid", str(target.pid))
+        shown = json.loads(run("show", *pid, "--watch", "0.3", "-o", "json"))
+        assert shown["schema"] == "outboard.numa-guest.v1"
+        assert sum(one["memory"] for one in shown["nodes"]) == 8 << 20
+        assert 0 < sum(one["touched"] for one in shown["nodes"]) <= 8 << 20
+        assert "OF THE ACCESSES" in run("show", *pid, "--watch", "0.3")
+        node = shown["nodes"][0]["node"]
+        if len(shown["nodes"]) == 1:
+            told = json.loads(run("move", *pid, "--to", str(node), "--watch", "0.3", "-o", "ndjson").splitlines()[-1])
+            assert (told["moved"], told["local"], told["to_come"]) == (0, 1.0, 0)
+            assert "0 B not on node" in run("move", *pid, "--to", str(node), "--watch", "0.3", "--dry-run")
+        with pytest.raises(NotFoundError, match="no node 900"):
+            run("move", *pid, "--to", "900")
+        with pytest.raises(UsageError, match="needs to know what is hot"):
+            run("move", *pid, "--to", str(node), "--watch", "0")
+        before = os.sched_getaffinity(target.pid)
+        told = json.loads(run("place", *pid, "--watch", "0.3", "--dry-run", "-o", "json"))
+        assert not told["done"]
+        assert len(told["reasons"]) == len(told["threads"]) == 4
+        assert os.sched_getaffinity(target.pid) == before
+        with pytest.raises(UsageError, match="give one of them"):
+            run("place", *pid, "--release", "--dry-run")
+        with pytest.raises(NotFoundError, match="were not placed"):
+            run("place", *pid, "--release")
+        lines = run(
+            "balance",
+            *pid,
+            "--watch",
+            "--rounds",
+            "2",
+            "--interval",
+            "0.5",
+            "--look",
+            "0.2",
+            "--dry-run",
+            "-o",
+            "ndjson",
+        )
+        told_of = [json.loads(line) for line in lines.splitlines()]
+        assert [(one["vm"], one["moved"]) for one in told_of] == [("target", False)] * 2
+        assert target.ask("s").startswith("bad 0 of ")
+    with pytest.raises(NotFoundError, match="no VM runs on this host"):
+        run("balance")

@@ -46,3 +46,18 @@ def test_memory_is_bound_to_a_node_and_not_to_one_that_is_not_there() -> None:
         with pytest.raises(KernelError, match="mbind of 4096 bytes to node 1000"):
             numa.bind(address, mmap.PAGESIZE, 1000)
         del view
+
+
+def test_pages_are_moved_within_their_node_and_not_to_one_that_is_not_there() -> None:
+    with mmap.mmap(-1, 2 * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[0] = 1
+        view = ctypes.c_char.from_buffer(memory)
+        addresses = np.array([ctypes.addressof(view), ctypes.addressof(view) + mmap.PAGESIZE], dtype=np.int64)
+        node = int(numa.nodes_of_pages(os.getpid(), addresses)[0])
+        assert numa.move_pages(os.getpid(), addresses, node).tolist() == [node, -errno.ENOENT]
+        with pytest.raises(KernelError, match=r"move_pages of 2 pages of process \d+ to node 1000"):
+            numa.move_pages(os.getpid(), addresses, 1000)
+        del view
+    assert numa.migrate_pages(os.getpid(), node, node) == 0
+    with pytest.raises(KernelError, match="migrate_pages"):
+        numa.migrate_pages(os.getpid(), 0, 1000)

@@ -9,6 +9,8 @@ import click
 import numpy as np
 
 from outboard.agent.config import state_dir
+from outboard.cli.numa_guests import move, show
+from outboard.cli.numa_placing import balance, place
 from outboard.cli.output import output_option, print_json, print_table
 from outboard.errors import OutboardError, UsageError
 from outboard.numa import policies as moves
@@ -21,6 +23,10 @@ _BYTES = 1 << 20
 @click.group()
 def numa() -> None:
     """Hosts whose memory is nearer to some processors than to others."""
+
+
+for _command in (show, move, place, balance):
+    numa.add_command(_command)
 
 
 def _memory_text(octets: int) -> str:

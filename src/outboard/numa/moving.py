@@ -137,17 +137,17 @@ class Rests:
 class Pace:
     """How many units a batch may have so that none of its accesses waits longer than ``longest`` seconds.
 
-    Aims at half of it, grows by half a batch at most, and shrinks at once.
+    Aims at half of it, grows by half a batch at most, and shrinks at once, to ``least`` at the least.
 
     Synchronization: none.
     """
 
-    def __init__(self, longest: float, batch: int, most: int) -> None:
-        self.longest, self.batch, self.most = longest, batch, most
+    def __init__(self, longest: float, batch: int, most: int, least: int = 1) -> None:
+        self.longest, self.batch, self.most, self.least = longest, batch, most, least
 
     def took(self, units: int, seconds: float) -> int:
-        """Note how long a batch took; the size of the next."""
-        if units > 0 and seconds > 0:
-            fitting = int(units * self.longest / 2 / seconds)
-            self.batch = max(1, min(fitting, self.batch + self.batch // 2 + 1, self.most))
+        """Note how long a batch took, beside what a call of any size takes; the size of the next."""
+        if units > 0:
+            fitting = int(units * self.longest / 2 / seconds) if seconds > 0 else self.most
+            self.batch = max(self.least, min(fitting, self.batch + self.batch // 2 + 1, self.most))
         return self.batch

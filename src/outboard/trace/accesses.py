@@ -98,7 +98,7 @@ class AccessTrace(ABC):
         self._fresh: NDArray[np.int64] = np.zeros((_ROWS, 3), dtype=np.int64)
         self._pagemap = Pagemap(guest.pid)
         try:
-            self._exclude_others()
+            exclude_others(guest, self._pagemap)
             self._clamp = self._hold()
         except BaseException:
             self._pagemap.close()
@@ -107,15 +107,6 @@ class AccessTrace(ABC):
         self._ask, self._reply = os.eventfd(0), os.eventfd(0)
         self._thread = threading.Thread(target=self._notice, name="access-trace", daemon=True)
         self._thread.start()
-
-    def _exclude_others(self) -> None:
-        """Two traces would disarm each other's pages. The lock goes with us, however we end."""
-        try:
-            fcntl.flock(self._pagemap.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RefusedError(
-                "traced", f"{self._guest.name}: its accesses are being traced already; wait until that has ended"
-            ) from None
 
     def _hold(self) -> Clamp | None:
         """Register the memory, if that is needed."""
@@ -300,7 +291,20 @@ class MessagesTrace(AccessTrace):
         return since
 
 
-def _held_by_a_pager(guest: Guest) -> bool:
+def exclude_others(guest: Guest, pagemap: Pagemap) -> None:
+    """Two traces would disarm each other's pages. The lock goes with the pagemap, however we end.
+
+    :raise RefusedError: ``traced``.
+    """
+    try:
+        fcntl.flock(pagemap.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RefusedError(
+            "traced", f"{guest.name}: its accesses are being traced already; wait until that has ended"
+        ) from None
+
+
+def held_by_a_pager(guest: Guest) -> bool:
     """Where minor faults and protections are nobody's, the kernel maps a page's neighbours with it."""
     return all(
         mode & Mode.MISSING and mode & (Mode.MINOR | Mode.WP) for mode in registrations(guest.pid, guest.regions)
@@ -320,7 +324,7 @@ def open_access_trace(guest: Guest) -> AccessTrace:
             try:
                 return kind(guest)
             except RefusedError as error:
-                if error.reason != "uffd-taken" or not _held_by_a_pager(guest):
+                if error.reason != "uffd-taken" or not held_by_a_pager(guest):
                     raise
                 return ManagedTrace(guest)
     raise RefusedError(

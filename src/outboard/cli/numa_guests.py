@@ -1,0 +1,240 @@
+"""outboard numa show, move: on which nodes a running VM's memory is, and having it follow its vCPUs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import click
+import msgspec
+import numpy as np
+
+from outboard.cli.attach import memory_options, open_memory
+from outboard.cli.output import Bandwidth, Duration, output_option, print_json, print_table, size_text
+from outboard.errors import UsageError
+from outboard.linux.numa import node_of_thread
+from outboard.numa import rivals
+from outboard.numa.following import Follower, Progress
+from outboard.numa.moving import Limits, Mover, Pace, Rests
+from outboard.numa.policies import ABSENT, POLICIES, Memory, local_share, order_of
+from outboard.numa.warmth import watch
+from outboard.numa.whereabouts import Whereabouts, free_of, unit_of
+from outboard.vmm.guest import Guest
+
+_BATCH, _LEAST, _MOST_BYTES = 64, 16, 1 << 30
+"""The first batch and the least, in small pages, and the largest in bytes."""
+_RETURN_S = 300.0
+_TELL_S = 0.5
+
+
+class NodeShare(msgspec.Struct, frozen=True):
+    """What of a guest is on a node, in bytes; ``accesses``: the part of all that were seen."""
+
+    node: int
+    memory: int
+    touched: int
+    accesses: float
+
+
+class VcpuPlace(msgspec.Struct, frozen=True):
+    """The node that a vCPU's thread last ran on, -1 where that cannot be told; ``remote``: the part of the guest's
+    accesses that is not to memory there, whichever vCPU they are of."""
+
+    vcpu: int
+    thread: int
+    node: int
+    remote: float
+
+
+class GuestOnNodes(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.numa-guest.v1"):
+    """Where a guest is. ``unmapped``: bytes that are in no page table, of which the kernel tells no node."""
+
+    vm: str
+    memory: int
+    unmapped: int
+    watched: float
+    nodes: list[NodeShare]
+    vcpus: list[VcpuPlace]
+
+
+def _share(memory: Memory, node: int) -> float:
+    return local_share(memory, node) if memory.heat.any() else 0.0
+
+
+def where_is(guest: Guest, memory: Memory, unit_bytes: int, watched: float) -> GuestOnNodes:
+    """A guest's memory and vCPUs by node; heat of zero all over where it was not watched."""
+    there = memory.node != ABSENT
+    nodes = [
+        NodeShare(
+            node,
+            int(np.count_nonzero(memory.node == node)) * unit_bytes,
+            int(np.count_nonzero((memory.node == node) & (memory.heat > 0))) * unit_bytes,
+            _share(memory, node),
+        )
+        for node in np.unique(memory.node[there]).tolist()
+    ]
+    vcpus = []
+    for vcpu in guest.vcpus:
+        node = node_of_thread(guest.pid, vcpu.tid)
+        vcpus.append(VcpuPlace(vcpu.index, vcpu.tid, node, 1 - _share(memory, node) if watched else 0.0))
+    unmapped = int(np.count_nonzero(~there)) * unit_bytes
+    return GuestOnNodes(guest.name, memory.node.size * unit_bytes, unmapped, watched, nodes, vcpus)
+
+
+def seen(guest: Guest, per: int, seconds: float, *, writes: bool = False) -> Memory:
+    """What a guest touches within so many seconds; nothing of all for none."""
+    if seconds > 0:
+        return watch(guest, per, seconds, writes=writes)
+    cold = np.zeros(-(-guest.pages // per))
+    return Memory(cold, cold.copy(), np.full(cold.size, ABSENT, dtype=np.int16))
+
+
+watch_option = click.option(
+    "--watch",
+    "seconds",
+    type=click.FloatRange(0, 3600),
+    default=5.0,
+    show_default=True,
+    help="Seconds to look at what the VM touches, which costs it up to 10 µs a page and look; 0: do not.",
+)
+
+
+@click.command(epilog="Example: outboard numa show web --watch 10")
+@memory_options
+@watch_option
+@output_option("table", "json")
+def show(vm: str | None, qmp: Path | None, pid: int | None, seconds: float, output: str) -> None:
+    """Show on which nodes a running VM's memory is, what of it is used, and where its vCPUs run.
+
+    The VM runs on. Memory that is in no page table (never touched, or in a store) is on no node.
+    """
+    with open_memory(vm, qmp, pid) as guest:
+        per = unit_of(guest)
+        memory = seen(guest, per, seconds)
+        with Whereabouts(guest, per) as where:
+            if seconds:
+                # What the trace has unmapped.
+                where.map_all()
+            found = where_is(guest, memory._replace(node=where.nodes()), where.unit_bytes, seconds)
+    if output == "json":
+        print_json(found)
+        return
+    click.echo(f"{found.vm}: {size_text(found.memory)}, of which {size_text(found.unmapped)} on no node")
+    rows = [
+        [
+            str(one.node),
+            size_text(one.memory),
+            size_text(one.touched) if found.watched else "-",
+            f"{one.accesses:.1%}" if found.watched else "-",
+        ]
+        for one in found.nodes
+    ]
+    print_table(["NODE", "MEMORY", f"TOUCHED IN {seconds:g} S", "OF THE ACCESSES"], rows, empty="nothing is mapped")
+    if found.vcpus:
+        click.echo()
+        rows = [
+            [
+                str(one.vcpu),
+                str(one.thread),
+                str(one.node) if one.node >= 0 else "-",
+                f"{one.remote:.1%}" if found.watched else "-",
+            ]
+            for one in found.vcpus
+        ]
+        print_table(["VCPU", "THREAD", "RAN ON NODE", "REMOTE FROM THERE"], rows, empty="")
+
+
+def _words(told: Progress, unit: int) -> str:
+    stayed = "".join(f", {size_text(count * unit)} stayed: {why}" for why, count in told.stayed.items())
+    made = f", {size_text(told.left * unit)} left to make room" if told.left else ""
+    return (
+        f"{told.seconds:6.1f} s  {told.local:6.1%} of the accesses local, {size_text(told.moved * unit)} moved, "
+        f"{size_text(told.to_come * unit)} to come{made}{stayed}; longest batch {told.longest * 1e3:.1f} ms"
+    )
+
+
+@click.command(epilog="Example: outboard numa move web --to 1 --policy hot-set --tail 200MB")
+@memory_options
+@click.option("--to", "node", type=click.IntRange(0, 1023), required=True, help="The node.")
+@click.option(
+    "--policy",
+    "name",
+    type=click.Choice(list(POLICIES)),
+    default="hottest-first",
+    show_default=True,
+    help="In what order; outboard numa policies says when to use which.",
+)
+@watch_option
+@click.option(
+    "--longest-stall", type=Duration(), default="20ms", show_default=True, help="What a batch may take at most."
+)
+@click.option("--tail", type=Bandwidth(), default="100MB", show_default=True, help="The background's rate a second.")
+@click.option("--pause-balancing", is_flag=True, help="Turn the kernel's NUMA balancing off meanwhile, host-wide.")
+@click.option("--dry-run", is_flag=True, help="Only say what would move.")
+@output_option("table", "ndjson")
+def move(
+    vm: str | None,
+    qmp: Path | None,
+    pid: int | None,
+    node: int,
+    name: str,
+    seconds: float,
+    longest_stall: float,
+    tail: int,
+    pause_balancing: bool,
+    dry_run: bool,
+    output: str,
+) -> None:
+    """Have a running VM's memory follow it to a node, and show how much of its accesses is local meanwhile.
+
+    The VM runs on; whoever touches what is just being moved waits until its batch is done. Interrupted, what has moved
+    stays where it is; nothing is lost. The share of local accesses is of those that were seen before.
+    """
+    policy = POLICIES[name]
+    free = free_of(node)
+    with open_memory(vm, qmp, pid) as guest:
+        per = unit_of(guest)
+        if policy.order != "address" and not seconds:
+            raise UsageError(f"--policy {name} needs to know what is hot; give --watch more than 0 seconds")
+        memory = seen(guest, per, seconds, writes=policy.order == "writes")
+        with Whereabouts(guest, per) as where:
+            where.map_all()
+            memory = memory._replace(node=where.nodes())
+            unit = where.unit_bytes
+            calm: np.ndarray[tuple[int], np.dtype[np.bool_]] = np.zeros(memory.node.size, dtype=np.bool_)
+            order, hot = order_of(policy, memory, node, calm)
+            if output == "table":
+                click.echo(
+                    f"{guest.name}: {size_text(order.size * unit)} not on node {node}, "
+                    f"{size_text(hot * unit)} of it {'hot' if policy.order != 'address' else 'in order'}; "
+                    f"{size_text(free)} free there; {local_share(memory, node):.1%} of the accesses are local"
+                )
+            for words in rivals.warnings(paused=pause_balancing):
+                click.echo(f"warning: {words}", err=True)
+            if dry_run:
+                return
+            follower = Follower(
+                where,
+                memory,
+                Mover(policy, node, Limits(_BATCH, max(1.0, tail / unit)), free // unit),
+                Pace(longest_stall, max(1, _BATCH // per), max(1, _MOST_BYTES // unit), max(1, _LEAST // per)),
+                Rests(memory.node.size, _RETURN_S),
+                time.monotonic,
+                time.sleep,
+            )
+            told = time.monotonic()
+            with rivals.balancing_paused() if pause_balancing else nullcontext():
+                while follower.step():
+                    if time.monotonic() - told >= _TELL_S:
+                        told = time.monotonic()
+                        _tell(follower.progress(), unit, output, end="\r" if sys.stdout.isatty() else "\n")
+            _tell(follower.progress(), unit, output, end="\n")
+
+
+def _tell(progress: Progress, unit: int, output: str, end: str) -> None:
+    if output == "ndjson":
+        print_json(progress)
+    else:
+        click.echo(_words(progress, unit) + end, nl=False)

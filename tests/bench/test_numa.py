@@ -1,0 +1,61 @@
+"""What is made of the outcomes of a host of two nodes."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import numpy as np
+
+from bench.numa import claims_of, svg
+from bench.numa_inside import BALANCING, MIGRATE, TO_AND_FRO, Outcome, _ranks
+
+
+def outcome(arm: str, every: float, pages: int, longest: float = 0.01) -> Outcome:
+    """Ten batches, after each of which a tenth more is local."""
+    local = [(number + 1) / 10 for number in range(10)] if arm not in (MIGRATE, BALANCING) else []
+    at = [every * (number + 1) for number in range(10)]
+    batches = [(one, pages, longest) for one in at]
+    return Outcome(arm, at, [(n + 1) / 10 for n in range(10)], [pages] * 10, batches, local, 0.1, 1.0, 1.0, 0)
+
+
+def arms(hottest: float, address: float) -> list[Outcome]:
+    return [
+        outcome("hottest-first", hottest, 100),
+        outcome("address", address, 400),
+        outcome(MIGRATE, address, 4000),
+        outcome(BALANCING, 9.0, 4000),
+        outcome(TO_AND_FRO, 1.0, 10),
+    ]
+
+
+def test_claims_are_ratios_of_medians() -> None:
+    claims = claims_of([arms(1.0, 4.0), arms(1.5, 4.0), arms(2.0, 4.0)])
+    times = [one for one in claims if one.name == "time until 90 % is local"]
+    assert [one.against for one in times] == ["address", MIGRATE, BALANCING]
+    assert times[0].ours == 9 * 1.5
+    assert times[0].ratio == 1.5 / 4
+    assert all(one.met for one in claims)
+    assert not all(one.met for one in claims_of([arms(2.0, 4.0)]))
+
+
+def test_what_never_comes_there_is_missed_and_a_wrong_word_counts() -> None:
+    bad = arms(1.0, 4.0)
+    bad[0].local = [0.5] * 10
+    bad[1].wrong = 1
+    bad[0].batches[3] = (4.0, 100, 0.5)
+    missed = {one.name for one in claims_of([bad]) if not one.met}
+    assert missed == {"time until 90 % is local", "pages until 90 % is local", "longest batch", "wrong words"}
+    never = arms(1.0, 4.0)
+    never[3].sampled = [0.1] * 10
+    assert all(one.met for one in claims_of([never])), "whatever arrives beats what never does"
+
+
+def test_the_picture_has_a_line_for_each_arm() -> None:
+    drawn = ElementTree.fromstring(svg(arms(1.0, 4.0)))
+    lines = drawn.findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == 4
+
+
+def test_ranks_of_equal_values_are_equal() -> None:
+    assert np.argsort(_ranks(np.array([3.0, 1.0, 2.0]))).tolist() == [1, 2, 0]
+    assert len(set(_ranks(np.array([5.0, 5.0, 5.0])).tolist())) == 1
