@@ -39,15 +39,9 @@ def _command_of(pid: int) -> str:
         return ""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes run the tests, one has all of a file.
-
-    Those that boot guests come first; last those that kill engines again and again, and keep what these had open.
-    """
+    """Those that boot guests come first; last those that kill engines again and again, and keep what these had open."""
     items.sort(key=lambda item: {"vm": 0, "faults": 2}.get(item.path.parent.name, 1))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(autouse=True, scope="module")

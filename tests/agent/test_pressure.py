@@ -45,6 +45,7 @@ def target() -> Iterator[Target]:
         yield made
 
 
+@pytest.mark.slow
 def test_memory_is_taken_while_there_is_pressure(target: Target, tmp_path: Path) -> None:
     manager = Manager(tmp_path / "memory", partial(attach_process, target.pid), tmp_path / "swap")
     serving = threading.Thread(target=manager.serve)

@@ -56,6 +56,7 @@ def blocks(directory: Path) -> int:
     return sum(path.stat().st_blocks for path in found)
 
 
+@pytest.mark.slow
 def test_down_to_the_target_and_back(target: Target, tmp_path: Path) -> None:
     engine = Engine(tmp_path, target.pid)
     before = blocks(tmp_path / "swap")

@@ -68,6 +68,7 @@ def test_how_often_to_say_so(
     assert watchdog_s() == pause
 
 
+@pytest.mark.slow
 def test_an_agent_says_that_it_is_up_and_alive_and_ends(manager: socket.socket) -> None:
     require("root")
     cluster = Cluster(51)

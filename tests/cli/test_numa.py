@@ -58,6 +58,7 @@ def test_policies_say_when_to_use_them() -> None:
     assert "hottest-first" in run("policies")
 
 
+@pytest.mark.slow
 def test_a_process_is_shown_placed_and_moved_within_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require("root", "no-swap")
     monkeypatch.setenv("OUTBOARD_RUNTIME_DIR", str(tmp_path))

@@ -87,6 +87,7 @@ def test_no_batch_is_longer_than_a_frame_and_all_but_the_last_are_full(pairs: li
     assert all(0 < size <= 64 for size in sizes)
 
 
+@pytest.mark.slow
 @given(st.lists(ranks.map(lambda rank: [*rank, *rank][:512]), min_size=3, max_size=3), st.sets(st.integers(0, 1535)))
 def test_large_pages_go_whole_in_the_turn_of_their_first_and_then_by_themselves(
     rank: list[list[int]], stale: set[int]

@@ -57,6 +57,7 @@ def test_without_sampling_it_is_the_truth(rows: list[list[tuple[int, bool, bool]
     assert sum(float(blocks.sum()) for blocks in found.by_block) == pytest.approx(found.pages)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.integers(0, 2**32))
 def test_a_sample_is_within_its_error_and_five_per_cent(seed: int) -> None:

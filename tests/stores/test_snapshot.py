@@ -73,6 +73,7 @@ def test_the_same_page_is_kept_once_and_one_of_the_parent_not_at_all(tmp_path: P
     assert np.array_equal(read_back(tmp_path, 1), memory.reshape(-1))
 
 
+@pytest.mark.slow
 def test_a_byte_altered_anywhere_is_refused_with_its_place(tmp_path: Path) -> None:
     memory = memory_of(60, np.random.default_rng(3))
     write(tmp_path, 0, memory)
