@@ -1,6 +1,7 @@
 """What is due, in which order, and that each page has its turn once."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
