@@ -56,6 +56,9 @@ def test_a_writing_guest_moves_and_nothing_is_lost(vm: Vm, method: str) -> None:
         assert summary["never_sent_pages"] > 0
     if method == "pre-copy":
         assert not summary["remote_faults"]
+        # All went in rounds, and not in the pause.
+        assert summary["rounds"][-1]["dirty_pages"] < summary["rounds"][0]["sent_pages"] // 4
+        assert summary["blackout_ms"] < 2000
 
 
 def test_there_and_back_again_with_every_page_compared(vm: Vm) -> None:

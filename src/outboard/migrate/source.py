@@ -326,6 +326,8 @@ class Outgoing:
         self.copied = Rounds(
             self.guest, self.outbox, self._stale.trace, self.options, self._steering, send, elapsed, gain
         )
+        # Until now it said that the guest has told all of its pages' classes.
+        self.outbox.halted = False
         # Held back until it has been given away: what it writes before it stops is sent in the pause.
         self._cleanup.callback(self.copied.release)
         self.watch.rounds = self.copied
