@@ -138,7 +138,8 @@ def test_while_dropping_what_a_disk_holds(scene: Scene) -> None:
     assert kills(scene, prepare, work) > 20
     last = scene.engage()
     last.evict(scene.some(), Where.FILE)
-    assert last.residency.count(Where.DISK) == 30
+    # Whoever survived a death may have left others there.
+    assert len(last.residency.pages_at(Where.DISK) & scene.some()) == 30
     last.close()
 
 
