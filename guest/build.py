@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,6 +155,24 @@ def digest() -> str:
     return found.hexdigest()[:12]
 
 
+def made_once(output: Path, name: str, make: Callable[[Path, Path], None]) -> Path:
+    """The directory ``name`` in ``output``, filled by ``make(output, directory)`` if nobody has done so yet.
+
+    Several processes may ask at once; what is there is whole.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    place = output / name
+    with (output / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            with tempfile.TemporaryDirectory(dir=output) as work:
+                into = Path(work) / "image"
+                into.mkdir()
+                make(output, into)
+                into.rename(place)
+    return place
+
+
 def _make(output: Path, into: Path) -> None:
     root = into / "root"
     unpack(fetch(output / "debs"), root)
@@ -173,16 +191,7 @@ def build(output: Path) -> Image:
 
     :raise BuildError: a program that it needs failed.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    place = output / digest()
-    with (output / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            with tempfile.TemporaryDirectory(dir=output) as work:
-                into = Path(work) / "image"
-                into.mkdir()
-                _make(output, into)
-                into.rename(place)
+    place = made_once(output, digest(), _make)
     return Image(place / "vmlinuz", place / "initrd.gz")
 
 

@@ -12,16 +12,14 @@ the time.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import gzip
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import cpio
-from .build import HERE, PACKAGES, BuildError, digest, fetch, modules, run
+from .build import HERE, PACKAGES, BuildError, digest, fetch, made_once, modules, run
 
 MORE_PACKAGES = (
     "systemd-sysv",
@@ -187,16 +185,7 @@ def build(output: Path) -> DiskImage:
 
     :raise BuildError: a program that it needs failed.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    place = output / f"disk-{digest()}"
-    with (output / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            with tempfile.TemporaryDirectory(dir=output) as work:
-                into = Path(work) / "image"
-                into.mkdir()
-                _make(output, into)
-                into.rename(place)
+    place = made_once(output, f"disk-{digest()}", _make)
     return DiskImage(place / "vmlinuz", place / "initrd.gz", place / "base.raw")
 
 

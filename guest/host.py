@@ -6,17 +6,15 @@ Its kernel is Debian's of the full flavour, which has 9p; its root file system i
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import cpio
-from .build import HERE, BuildError, Image, digest, fetch, modules, unpack
+from .build import HERE, BuildError, Image, digest, fetch, made_once, modules, unpack
 
 _PACKAGES = ("busybox-static", "linux-image-amd64")
 _MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p")
@@ -44,16 +42,7 @@ def build(output: Path) -> Image:
 
     :raise BuildError: a program that it needs failed.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    place = output / f"host-{digest()}"
-    with (output / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            with tempfile.TemporaryDirectory(dir=output) as work:
-                into = Path(work) / "image"
-                into.mkdir()
-                _make(output, into)
-                into.rename(place)
+    place = made_once(output, f"host-{digest()}", _make)
     return Image(place / "vmlinuz", place / "initrd.gz")
 
 
