@@ -334,6 +334,20 @@ class TestJournal:
         assert not scene.pager.residency.leaving.any()
         assert scene.target.ask("t").split()[1] == str(SUM + 3)
 
+    def test_zeros_in_a_large_page_that_is_held_are_taken_for_nothing(self, large: Scene) -> None:
+        page, content = np.array([100]), np.empty(PAGE_SIZE, dtype=np.uint8)
+        _, digests = large.pager.read_and_look(large.pager.runs_of(page), content)
+        locators = large.stores[Where.FILE].put(content, digests)
+        large.pager.residency.leaving[page] = 1
+        large.pager.residency.went(page, Where.FILE, locators)
+        large.guest.memory.write(100, memoryview(bytes(PAGE_SIZE)))
+        large.pager.close()
+        with held(large, 100), pytest.raises(KernelError, match="somebody holds on to"):
+            large.engage()
+        large.pager = large.engage()
+        assert large.target.ask("r 100") == "100"
+        assert large.target.ask("t").split()[1] == str(SUM)
+
 
 def test_a_forked_child_reads_what_is_away(scene: Scene) -> None:
     scene.pager.evict(ALL, Where.POOL)

@@ -97,9 +97,8 @@ class Eviction:
             residency.returned(numbers)
             store.drop(locators)
         residency.leaving[numbers] = 0
-        if not gone:
-            return 0
-        with self._counting:
-            self.evicted += numbers.size
-            self.zeros += int(np.count_nonzero(zero))
-        return numbers.size
+        if gone:
+            with self._counting:
+                self.evicted += numbers.size
+                self.zeros += int(np.count_nonzero(zero))
+        return numbers.size if gone else 0

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError, KernelError, RefusedError
-from outboard.linux.hand import await_none
 from outboard.linux.userfaultfd import Features, Mode
 from outboard.pager import batches, saving
 from outboard.pager.capture import RING, Capture
@@ -31,10 +30,10 @@ from outboard.pager.keeper import BATCH
 from outboard.pager.mappings import overlaid
 from outboard.pager.on_disk import OnDisk
 from outboard.pager.overlay import Overlay
+from outboard.pager.recovery import recover
 from outboard.pager.saving import Saving
 from outboard.pager.table import LENDER, Table
 from outboard.pages import PAGE_SIZE
-from outboard.pages.content import zero_pages
 from outboard.pages.pageset import PageSet, Runs, chop
 from outboard.pages.residency import STORED, Residency, Where
 from outboard.pages.shared import shared_array
@@ -133,7 +132,7 @@ class Pager:
         self.overlay: Overlay | None = None
         self._faults = FaultServer(self._table(saving.nothing()), self._clamp.uffd.fileno())
         try:
-            self._recover()
+            recover(self, self._stores)
         except BaseException:
             # Nothing is away if nobody had the guest before us; else it is left to whoever comes next.
             self._faults.close()
@@ -176,36 +175,8 @@ class Pager:
             image,
         )
 
-    def _recover(self) -> None:
-        """Make the journal agree with the file, lift every protection, and have everybody ask again."""
-        where = self.residency.where
-        whole = self._whole()
-        # What is still protected nobody can write to before it is gone.
-        self._finish_leaving()
-        self._ask("UFFDIO_WRITEPROTECT", batches.protect(self._clamp.uffd.fileno(), self._regions, whole, 0))
-        # Another engine's hand may be at work yet, and wait for its events to be read; whoever faults is woken later.
-        await_none(self.guest.pid, self._clamp.uffd.read)
-        self.follow_mappings()
-        away = (where > Where.ZERO) & (where != Where.SHARED)
-        if away.any():
-            where[away & self.guest.memory.populated().mask()] = Where.RESIDENT
-        for kind, store in self._stores.items():
-            store.retain(self.residency.locator[where == kind])
-        self._ask("UFFDIO_WAKE", batches.wake(self._clamp.uffd.fileno(), self._regions, whole))
-
-    def _finish_leaving(self) -> None:
-        """Punch what was being punched: parts of a large page that it could not split the kernel filled with zeros."""
-        leaving = np.flatnonzero(self.residency.leaving)
-        # What had not gone yet is as it was; no page of zeros was under way to a store.
-        gone = leaving[self.residency.where[leaving] != Where.RESIDENT]
-        for batch in np.split(gone, range(BATCH, gone.size, BATCH)):
-            runs = self.runs_of(batch)
-            content = self._staging[: batch.size * PAGE_SIZE]
-            self.read(runs, content)
-            self.punch(self.runs_of(batch[zero_pages(content)]))
-        self.residency.leaving[leaving] = 0
-
-    def _whole(self) -> Runs:
+    def whole(self) -> Runs:
+        """All of the guest's memory."""
         return self._split(np.array([[0, self.guest.pages]], dtype=np.int64))
 
     def follow_mappings(self) -> None:
@@ -294,6 +265,10 @@ class Pager:
         """Give claims up, and wake whoever waits for those pages."""
         runs = self.runs_of(claimed)
         batches.release(self._claimed, claimed)
+        self.wake(runs)
+
+    def wake(self, runs: Runs) -> None:
+        """Have whoever waits for pages of runs ask again."""
         self._everywhere("UFFDIO_WAKE", runs)
 
     def protect(self, runs: Runs, protected: bool) -> None:
@@ -456,7 +431,7 @@ class Pager:
         """Let everybody write again, whether or not the image is complete."""
         self._faults.exchange(self._table(saving.nothing()))
         if image.saving.pending.any():
-            self._everywhere("UFFDIO_WRITEPROTECT", self._whole(), 0)
+            self._everywhere("UFFDIO_WRITEPROTECT", self.whole(), 0)
 
     def release(self) -> None:
         """Make everything resident and let the guest go: its memory is its own again. Idempotent.
