@@ -130,7 +130,7 @@ def _measure(directory: Path, journal: Path, mebibytes: int, runs: int, *, thin:
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the claims here.")
 @click.option("--runs", default=3, show_default=True)
 @click.option("--mebibytes", default=512, show_default=True, help="Memory of the process.")
-@click.option("--thin", is_flag=True, help="Swap files of blocks of their own, on ext4 too.")
+@click.option("--thin/--lent", default=True, help="Swap files of blocks of their own, or units of the reservation.")
 @click.option("--directory", type=click.Path(path_type=Path), help="On the disk that is measured; a temporary one.")
 def main(file: Path | None, runs: int, mebibytes: int, thin: bool, directory: Path | None) -> None:
     """Measure swapping beside the disk itself."""

@@ -129,7 +129,7 @@ def test_where_blocks_cannot_move_units_are_lent(place: Path, kind: str) -> None
 @pytest.mark.parametrize("kind", ["ext4"], indirect=True)
 def test_swap_files_can_be_made_thin_later_and_thick_again(place: Path) -> None:
     directory = place / "swap"
-    first = Reservation(directory, 8 * MIB)
+    first = Reservation(directory, 8 * MIB, thin=False)
     before = blocks(directory)
     file = first.open("web", 8)
     assert first.take(file, 0, NOTHING)[0] == 0

@@ -15,13 +15,13 @@ empty goes back, and the blocks of all files together stay the same. How a unit 
 
 * *exchange* (XFS made for it, Linux 6.10): XFS_IOC_EXCHANGE_RANGE lets a unit and a hole change places, atomically;
 * *clone* (XFS with reflink): the swap file's hole is made to share the unit, and the reservation lets go of it;
-* *lend* (ext4): nothing moves. Pages go into the unit where it lies, in the reservation itself, and the swap file keeps
-  a hole; the unit is lent until it is empty again. That takes nothing from the disk, and is as fast as writing to it.
-  (EXT4_IOC_MOVE_EXT exchanges what both files have, and moves nothing into a hole.)
-* *allocate* (the same, where swap files are to be ``thin``): a unit is allocated in the swap file, then one is punched
-  out of the reservation; between the two steps there is one more. In the other order a block would be nobody's for a
-  moment, and whoever writes to a full disk could snatch it. Both steps, and the first write to new blocks, are changes
-  of the file system's own books: swapping out is about three times slower.
+* *allocate* (ext4): a unit is allocated in the swap file, then one is punched out of the reservation; between the two
+  steps there is one more. In the other order a block would be nobody's for a moment, and whoever writes to a full disk
+  could snatch it. (EXT4_IOC_MOVE_EXT exchanges what both files have, and moves nothing into a hole.) Both steps, and
+  the first write to new blocks, are changes of the file system's own books, and take longer than writing the pages.
+* *lend* (the same, where swap files need not be ``thin``): nothing moves. Pages go into the unit where it lies, in the
+  reservation itself, and the swap file keeps a hole; the unit is lent until it is empty again. That takes nothing from
+  the disk.
 
 A full disk may have no room for what a move needs. It does not matter: where a unit cannot move it is lent. Only where
 a swap file is removed, or somebody has died over a move, on a full disk, blocks are free for a moment; what is snatched
@@ -110,7 +110,7 @@ class Reservation:
     """The reservation of ``size`` bytes (whole units) in ``directory``, made if it is not there.
 
     :param make: otherwise it must be there, with that size.
-    :param thin: whether swap files get blocks of their own even where these cannot move; None: as until now.
+    :param thin: whether swap files get blocks of their own even where these cannot move; None: as until now (True).
 
     ``way``: how units move.
 
@@ -173,7 +173,7 @@ class Reservation:
         self._ballast = os.open(self.directory / "ballast", os.O_RDWR | os.O_CLOEXEC)
         undo.callback(os.close, self._ballast)
         if head is None:
-            way = way_of(self.directory, thin=bool(thin))
+            way = way_of(self.directory, thin=thin is not False)
             head = _Head(self.units, self._measure(), way, _BOOT.read_text())
             self._write_state(_HEAD, msgspec.json.encode(head))
         elif thin is not None and head.way in _UNMOVED and head.way is not _UNMOVED[thin]:
