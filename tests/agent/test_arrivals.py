@@ -12,9 +12,10 @@ import pytest
 
 from outboard.agent.arrivals import Arrivals
 from outboard.agent.config import AgentConfig
-from outboard.agent.engine import ARRIVING, Receive
+from outboard.agent.engine import ARRIVING
 from outboard.agent.engines import Engines
 from outboard.agent.succession import keep_task
+from outboard.agent.tasks import Receive
 from outboard.agent.verdicts import Verdicts
 from outboard.migrate.messages import Prepare
 from outboard.vmm.launch import launch, stop

@@ -15,10 +15,10 @@ import pytest
 
 from outboard.agent import sharing_domains
 from outboard.agent.domains import Sharing, Stop, Tell, active, ask_domain
-from outboard.agent.engine import Managing, Refused
 from outboard.agent.engines import Engines, first_answer
 from outboard.agent.sharer import domain_directory, pool_path
 from outboard.agent.sharing_domains import SharingDomains
+from outboard.agent.tasks import Managing, Refused
 from outboard.errors import NotFoundError, OutboardError, RefusedError, UnreachableError
 from outboard.sharing.inside import Thresholds
 from outboard.vmm.registry import Registry

@@ -12,10 +12,11 @@ import msgspec
 import structlog
 
 from outboard.agent.config import AgentConfig
-from outboard.agent.engine import ARRIVING, REOPENED, Ended, Ready, Receive, Refused
+from outboard.agent.engine import ARRIVING, REOPENED
 from outboard.agent.engines import Engines
 from outboard.agent.readiness import blockers
 from outboard.agent.succession import left_task, only_one
+from outboard.agent.tasks import Ended, Ready, Receive, Refused
 from outboard.agent.verdicts import Verdicts
 from outboard.errors import (
     NeedsRecoveryError,

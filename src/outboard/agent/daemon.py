@@ -27,10 +27,7 @@ from outboard.agent import service
 from outboard.agent.arrivals import Arrivals
 from outboard.agent.config import AgentConfig, socket_path, state_dir
 from outboard.agent.departures import Departures
-from outboard.agent.engine import (
-    ARRIVING,
-    DEPARTING,
-)
+from outboard.agent.engine import ARRIVING, DEPARTING
 from outboard.agent.engines import Engines
 from outboard.agent.history import History
 from outboard.agent.pressure import Pressure

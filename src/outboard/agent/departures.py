@@ -16,12 +16,13 @@ import msgspec
 import structlog
 
 from outboard.agent.config import AgentConfig
-from outboard.agent.engine import DEPARTING, PAUSED, Depart, Refused
+from outboard.agent.engine import DEPARTING, PAUSED
 from outboard.agent.engines import Engines
 from outboard.agent.history import History
 from outboard.agent.migrations import Migrations, Running
 from outboard.agent.planning import Planning, past_of
 from outboard.agent.succession import left_task, only_one
+from outboard.agent.tasks import Depart, Refused
 from outboard.errors import NotFoundError, OutboardError, RefusedError, error_of
 from outboard.migrate.method import Options
 from outboard.migrate.plan import Blocker, Plan

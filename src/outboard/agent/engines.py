@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from outboard.agent.engine import Managing, Refused, Task, run_engine
+from outboard.agent.engine import run_engine
+from outboard.agent.tasks import Managing, Refused, Task
 from outboard.errors import UnreachableError, error_of
 from outboard.vmm.registry import Registry
 

@@ -19,13 +19,14 @@ import msgspec
 import structlog
 
 from outboard.agent.config import AgentConfig, snapshot_dir
-from outboard.agent.engine import ARRIVING, Manage, Restore, end_broken
+from outboard.agent.engine import ARRIVING, end_broken
 from outboard.agent.engines import first_answer
 from outboard.agent.holding import CONTROL
 from outboard.agent.orders import Look, ask
 from outboard.agent.promises import pools_of, promises
 from outboard.agent.restoring import is_broken
 from outboard.agent.swapping import PlainSwap, ReservedSwap, Swapping
+from outboard.agent.tasks import Manage, Restore
 from outboard.errors import KernelError, NotFoundError, OutboardError, UnreachableError
 from outboard.linux import pidfd
 from outboard.stores.reservation import Reservation
