@@ -145,7 +145,8 @@ def test_what_is_not_understood_is_refused_with_its_reason(tmp_path: Path) -> No
     qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data}", path, "1M")
     assert refused(Disk(str(path))) == "image-external-data"
     secret = "secret,id=s,data=x"
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    # LUKS measures the processor's speed first, which fails now and then.
+    options = "encrypt.format=aes,encrypt.key-secret=s"
     qemu_img("create", "-q", "--object", secret, "-f", "qcow2", "-o", options, path, "1M")
     assert refused(Disk(str(path))) == "image-encrypted"
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "nbd://host/x", path, "1M")
