@@ -52,6 +52,12 @@ def test_why_one_did_not_converge() -> None:
     assert "had not converged yet" in told(msgspec.structs.replace(failed, rounds=rounds(10)))
 
 
+def test_rounds_that_were_cut_short_did_not_converge() -> None:
+    words = told(msgspec.structs.replace(summary(), rounds=rounds(900, 800), cut_short="the user had it switch over"))
+    assert "It did not converge, but was cut short: the user had it switch over, with 800 pages left." in words
+    assert "It converged" not in words
+
+
 def test_the_goal_is_named() -> None:
     assert "Its goal was" not in told(summary())
     assert "Its goal was downtime: each page goes once" in told(msgspec.structs.replace(summary(), goal=Goal.DOWNTIME))

@@ -119,6 +119,20 @@ def test_rounds_are_played_as_they_are_run() -> None:
     assert (early.ends, early.seconds, early.left) == (True, 10.0, 8000)
 
 
+def test_rounds_that_are_cut_short_end_in_a_pause_as_long_as_what_is_left() -> None:
+    busy = watched(60000, working_set=200000)
+    cut = of(Method.PRE_COPY, busy, Options(throttle=False, timeout=5.0))
+    assert cut.ends
+    assert cut.verdict == "ends when its time is over (--timeout), if not before"
+    # Its memory is written to whole while 24,414 pages/s go out.
+    assert cut.blackout_ms.high == pytest.approx(1e3 * busy.pages / (LINK.rate.low / PAGE_SIZE), rel=0.3)
+    growth = Growth()
+    growth.note(10.0, 5000)
+    played = play(growth, 10000, 1000, Options(timeout=12.0), Method.PRE_COPY, most=1 << 20)
+    # 2 s of the second round were left, of 5,000 pages that 3,000 of stay and 1,000 are written meanwhile.
+    assert (played.seconds, played.pages - played.left, played.left) == (12.0, 12000, 4000)
+
+
 @pytest.mark.parametrize(
     ("bursts", "rates", "limit", "low", "high", "words"),
     [

@@ -61,7 +61,7 @@ def test_who_is_told_to_switch_hurries() -> None:
     steered, desk, _ = steering(Options(), [0.0])
     assert not steered.hurried
     desk.give(Switch())
-    steered.until(lambda: steered.hurried, 5)
+    steered.until(lambda: steered.hurried is not None, 5)
 
 
 def test_who_has_no_time_left_hurries() -> None:

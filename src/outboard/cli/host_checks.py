@@ -204,7 +204,7 @@ def cpu_limits() -> Iterator[Finding]:
     """The cgroup controller that could slow vCPUs down."""
     version = cgroup.cpu_version()
     if version is None:
-        found, follows = "no cgroup has the cpu controller", "vCPUs cannot be limited; no method needs it yet"
+        found, follows = "no cgroup has the cpu controller", "pre-copy cannot hold back vCPUs that write by cgroups"
         yield Finding("cgroup cpu", Verdict.NOTE, found, follows, "mount a cgroup2 with cpu in cgroup.controllers")
     else:
-        yield Finding("cgroup cpu", Verdict.OK, f"version {version}", "vCPUs can be limited; no method needs it yet")
+        yield Finding("cgroup cpu", Verdict.OK, f"version {version}", "pre-copy can hold back vCPUs that write")

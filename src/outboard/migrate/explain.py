@@ -71,6 +71,8 @@ def _step(step: Slowed) -> str:
 
 def _convergence(summary: Summary) -> str:
     last = summary.rounds[-1]
+    if summary.cut_short is not None:
+        return f"It did not converge, but was cut short: {summary.cut_short}, with {last.dirty_pages} pages left."
     if summary.state in (State.COMPLETED, State.POSTCOPY, State.COMMITTED):
         return f"It converged: after {len(summary.rounds)} rounds {last.dirty_pages} pages were left for the pause."
     if last.sent_pages and last.dirty_pages >= last.sent_pages:

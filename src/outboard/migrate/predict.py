@@ -8,6 +8,7 @@ holding it back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,13 +42,17 @@ _MOST_ROUNDS = 60
 
 @dataclass(frozen=True, slots=True)
 class _Played:
-    """Rounds at one end of the ranges: pages sent in all, until when, what was left, and the share at the end."""
+    """Rounds at one end of the ranges: pages sent in all, until when, what was left, and the share at the end.
+
+    ``cut``: they end, if late, when the user's time is over.
+    """
 
     pages: float
     seconds: float
     left: float
     share: float
     ends: bool
+    cut: bool = False
 
 
 def _grown(watched: Watched, factor: float) -> Growth:
@@ -67,12 +72,16 @@ def play(
     goal = rate * max(0.0, options.max_downtime - _DEVICES_S)
     throttles = options.throttle and method is Method.PRE_COPY
     sent, seconds, share, left = 0.0, 0.0, 1.0, pages
+    until = math.inf if options.timeout is None else options.timeout
     for _ in range(_MOST_ROUNDS):
-        took = left / rate
-        sent, seconds = sent + left, seconds + took
-        before, left = left, min(most, (gain if share < 1 else 1.0) * growth.within(share * took))
+        took = min(left / rate, max(0.0, until - seconds))
+        sent, seconds = sent + took * rate, seconds + took
+        written = (gain if share < 1 else 1.0) * growth.within(share * took)
+        before, left = left, min(most, left - took * rate + written)
         if left <= goal or (method is Method.HYBRID and left > WORTH_A_ROUND * before):
             return _Played(sent + left, seconds, left, share, True)
+        if seconds >= until:
+            return _Played(sent + left, seconds, left, share, True, True)
         if throttles:
             share = choose(growth, left, rate, goal, gain, share).share
     return _Played(sent, seconds, left, share, False)
@@ -99,14 +108,19 @@ def _predict(method: Method, watched: Watched, link: Link, past: Past, options: 
     if past.blackouts_ms:
         blackout = [0.5 * min(past.blackouts_ms), 2 * max(past.blackouts_ms) + 20]
     if method.rounds:
-        best = play(calm, data[0], rates[1], options, method, most=watched.pages, gain=min(1.0, past.throttle_gain))
+        best = play(calm, data[0], rates[1], options, method, most=watched.pages)
         worst = play(busy, data[1], rates[0], options, method, most=watched.pages, gain=max(1.0, past.throttle_gain))
         pages = (best.pages, worst.pages if worst.ends else None)
         resume = (start[0] + best.seconds, start[1] + worst.seconds * _SLOWER if worst.ends else None)
         total = resume if method is Method.PRE_COPY else (resume[0], _plus(resume[1], _SLOWER * worst.left / rates[0]))
         ends = best.ends if best.ends == worst.ends else None
         share = (best.share + worst.share) / 2 if ends else min(best.share, worst.share)
-        blackout[1] += options.max_downtime * 1e3 if method is Method.PRE_COPY else _FORGET_MS * worst.left
+        cut = worst.cut
+        if method is Method.PRE_COPY:
+            # What is left of rounds that are cut short is sent in the pause.
+            blackout[1] += 1e3 * (worst.left / rates[0] if worst.cut else options.max_downtime)
+        else:
+            blackout[1] += _FORGET_MS * worst.left
     else:
         early = min(EARLY_SECONDS, watched.early / rates[0]) if method is Method.ENLIGHTENED else 0.0
         fastest = min(EARLY_SECONDS, watched.early / rates[1]) if method is Method.ENLIGHTENED else 0.0
@@ -115,7 +129,7 @@ def _predict(method: Method, watched: Watched, link: Link, past: Past, options: 
         again = min(busy.within(start[1] + early), watched.early + watched.pages - data[0])
         pages = (data[0], data[1] + again)
         total = (resume[0] + data[0] / rates[1], start[1] + early + _SLOWER * (data[1] + again) / rates[0])
-        ends, share = True, 1.0
+        ends, share, cut = True, 1.0, False
         blackout[1] += 1e3 * PAUSE_MOST_S
         if method is Method.ENLIGHTENED:
             blackout[1] += _FORGET_MS * min(watched.early, busy.within(_LAST_S))
@@ -139,7 +153,7 @@ def _predict(method: Method, watched: Watched, link: Link, past: Past, options: 
         blackout_ms=Range(blackout[0], blackout[1]),
         bytes=octets,
         share=share,
-        verdict=_verdict(method, ends, share),
+        verdict=_verdict(method, ends, share, cut),
     )
 
 
@@ -155,13 +169,15 @@ def _start(watched: Watched, past: Past, hinted: bool) -> tuple[float, float]:
     return low, max(high, 2 * watched.hints_s) if hinted else high
 
 
-def _verdict(method: Method, ends: bool | None, share: float) -> str:
+def _verdict(method: Method, ends: bool | None, share: float, cut: bool) -> str:
     if not method.rounds:
         return "ends whatever the guest writes"
     if ends is None:
         return "ends if the guest writes no more than it did and the link is fast, else not"
     if not ends:
         return "does not end: the guest writes faster than the link carries"
+    if cut:
+        return "ends when its time is over (--timeout), if not before"
     if share < 1:
         return f"ends with the writing vCPUs held to about {share:.0%} of their processor time"
     return "ends without anybody held back"

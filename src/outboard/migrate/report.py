@@ -132,6 +132,8 @@ class Summary(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.mig
     """After the resume QEMU's own threads, not a vCPU, waited for a page from the source."""
     queue_faults: int | None = None
     """Of the first 32 of both, those on ``queue_pages``, which were to be there."""
+    cut_short: str | None = None
+    """Why the rounds ended before what was left fitted in the pause; None: they did not."""
 
 
 def is_progress(report: bytes) -> bool:

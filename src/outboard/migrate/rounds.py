@@ -63,7 +63,8 @@ class Rounds:
     :param elapsed: seconds since the migration began.
     :param gain: as in :class:`~outboard.migrate.throttle.Throttle`.
 
-    ``done`` has the rounds so far, and ``dirty_rate`` what the guest wrote in the last one, in bytes/s.
+    ``done`` has the rounds so far, and ``dirty_rate`` what the guest wrote in the last one, in bytes/s; ``cut_short``
+    says in words why they ended before their time, None if they did not.
 
     Synchronization: one thread.
     """
@@ -88,6 +89,7 @@ class Rounds:
         self.done: list[Round] = []
         self.resent_pages = 0
         self.dirty_rate: float | None = None
+        self.cut_short: str | None = None
         self.throttle = Throttle(self._find_writers, gain)
 
     def run(self) -> None:
@@ -107,7 +109,9 @@ class Rounds:
             content, seconds = done.content + last.content, done.seconds + last.seconds
             rate, last = content / PAGE_SIZE / seconds if seconds else 0.0, done
             goal = rate * max(0.0, self._steering.max_downtime - _DEVICES_S)
-            if self._steering.hurried:
+            hurried = self._steering.hurried
+            if hurried is not None:
+                self.cut_short = hurried if left > goal else None
                 return
             if left <= goal:
                 # At a minimum of what remains: the pause is the shorter for it.
@@ -150,7 +154,7 @@ class Rounds:
 
     def _look(self) -> None:
         """How much has been written so far, without forgetting it."""
-        if self._steering.hurried:
+        if self._steering.hurried is not None:
             self._outbox.halted = True
         seconds = time.monotonic() - self._armed_at
         # A coarse trace tells too much before it is refined.

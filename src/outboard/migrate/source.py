@@ -338,21 +338,22 @@ class Outgoing:
         departure, line, steering = self._departure, self.line, self._steering
         if departure is None:
             raise AssertionError("a migration that is not prepared cannot switch over")
+        # What is left of rounds that were cut short is sent in the pause, however long that takes.
+        settled_s = None if self.copied is not None and self.copied.cut_short else STEP_S
         steering.on(Event.SWITCH)
         threading.Thread(target=self._forward, args=(departure,), name="device-state", daemon=True).start()
         departure.begin_pause()
         self.findings.stopped_at = departure.wait_paused(STEP_S)
         self._stale.settle()
         if self.options.verify:
-            line.await_message(messages.Settled, None if steering.hurried else STEP_S)
+            line.await_message(messages.Settled, settled_s)
             self._delivery.send_rest()
             self._verify()
         departure.save()
         departure.wait_saved(STEP_S)
         self._stale.forget_late()
         if not self.options.verify:
-            # Where the user was in a hurry all that is left is sent in the pause.
-            line.await_message(messages.Settled, None if steering.hurried else STEP_S)
+            line.await_message(messages.Settled, settled_s)
         line.await_message(messages.Loaded)
         if steering.cancelled:
             raise CancelledError("cancelled at the switch-over; the VM runs at the source")

@@ -50,9 +50,13 @@ class Steering:
         self._watch.look(at_once=True)
 
     @property
-    def hurried(self) -> bool:
-        """Whether to copy no longer and switch over: told so, or the time for it is over."""
-        return self._told_to_switch or (self._timeout is not None and self._watch.elapsed >= self._timeout)
+    def hurried(self) -> str | None:
+        """Why to copy no longer and switch over, in words; None: go on."""
+        if self._told_to_switch:
+            return "the user had it switch over"
+        if self._timeout is not None and self._watch.elapsed >= self._timeout:
+            return f"its time was over (--timeout {self._timeout:g})"
+        return None
 
     def until(self, ready: Callable[[], bool], timeout: float | None) -> None:
         """Take in whatever anybody says until ``ready``.

@@ -48,6 +48,7 @@ def summarise(outgoing: Outgoing, *, source: str, attach_ms: float, error: Outbo
         arm_ms=found.arm_ms,
         rounds=[] if copied is None else copied.done,
         throttle=[] if copied is None else copied.throttle.steps,
+        cut_short=None if copied is None else copied.cut_short,
         throttle_gain=1.0 if copied is None else copied.throttle.gain,
         remote_faults=None if arrived is None else arrived.remote_faults,
         zero_faults=None if arrived is None else arrived.zero_faults,
