@@ -89,7 +89,7 @@ def _program(spec: VmSpec, there: tuple[int, int] | None, registry: Registry) ->
             f"{spec.qemu} is {ours[0]}.{ours[1]} here, {spec.name} runs under {there[0]}.{there[1]}; both hosts "
             "need the same version",
         )
-    if spec.accel == "kvm" and (why := why_not_kvm(spec.qemu, registry.root / "kvm.json")) is not None:
+    if spec.accel == "kvm" and (why := why_not_kvm(spec.qemu, spec.cpu, registry.root / "kvm.json")) is not None:
         yield "no-kvm", f"{spec.name} runs under KVM, which is not to be had here: {why}"
 
 

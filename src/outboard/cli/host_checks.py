@@ -22,6 +22,7 @@ from outboard.linux import cgroup, hugetlb, pagemap, proc, ptrace, transhuge
 from outboard.linux.userfaultfd import Features, available_features
 from outboard.stores.images.files import ImageFile
 from outboard.vmm.accelerator import why_not_kvm
+from outboard.vmm.spec import CPU
 
 _CAPABILITIES = {"net_admin": 12, "sys_ptrace": 19, "sys_admin": 21, "sys_nice": 23}
 _QEMU = "qemu-system-x86_64"
@@ -105,7 +106,7 @@ def kvm() -> Iterator[Finding]:
     if shutil.which(_QEMU) is None:
         return
     try:
-        why_not = why_not_kvm(_QEMU, runtime_dir() / "kvm.json")
+        why_not = why_not_kvm(_QEMU, CPU, runtime_dir() / "kvm.json")
     except OSError as error:
         why_not = f"it could not be tried: {error}"
     if why_not is None:

@@ -33,7 +33,7 @@ def _accelerator(spec: VmSpec, registry: Registry) -> tuple[Literal["kvm", "tcg"
     """What the VM will run on, and why."""
     if spec.accel != "auto":
         return spec.accel, "its description says so"
-    why_not = why_not_kvm(spec.qemu, registry.root / "kvm.json")
+    why_not = why_not_kvm(spec.qemu, spec.cpu, registry.root / "kvm.json")
     if why_not is None:
         return "kvm", "a trial guest ran under it"
     return "tcg", f"no KVM: {why_not}"

@@ -48,6 +48,8 @@ import tomli_w
 
 from outboard.errors import NotFoundError, SpecError
 
+CPU = "max"
+"""QEMU's ``-cpu`` where nothing is said of it."""
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1 << 40}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -125,7 +127,7 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     name: str
     memory: str
     vcpus: int = 1
-    cpu: str = "max"
+    cpu: str = CPU
     machine: str = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     page_size: Literal["4KiB", "2MiB"] = "4KiB"
