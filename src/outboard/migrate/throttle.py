@@ -16,7 +16,7 @@ taken whose cost is least::
     cost = (seconds left) * (1 - s) + IMPATIENCE * (seconds left) + SLUGGISH * (1/s - 1)
 
 that is, the guest's work that is lost, the time itself, of which a second counts as a quarter second lost, and that
-whoever asks the guest for what takes it 50 ms of processor time waits 1/s times as long. So a guest that converges by
+whoever asks the guest for what takes it 0.2 s of processor time waits 1/s times as long. So a guest that converges by
 itself in good time is left alone, and one that does not is held back hard and briefly rather than mildly and long. That
 is decided anew after each round, and given up as soon as nothing calls for it.
 """
@@ -34,7 +34,7 @@ from outboard.migrate.report import Slowed
 
 SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02)
 IMPATIENCE = 0.25
-SLUGGISH = 0.05
+SLUGGISH = 0.2
 _MOST_ROUNDS = 100
 _SHRINKS = 0.98
 """Rounds that leave more than this part of the one before do not end."""
