@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import shutil
 import time
 from collections.abc import Callable
@@ -30,7 +29,8 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from outboard.agent.holding import CONTROL, listen
+from outboard.agent.clients import Clients
+from outboard.agent.holding import CONTROL
 from outboard.agent.manager import LAYOUT
 from outboard.agent.orders import DropZeros, Failed, Look, Looked, ReadRound, Rebuild, Share, Tidy, Unshare, ask
 from outboard.agent.orders import Order as EngineOrder
@@ -219,8 +219,8 @@ class Running:
             self._domain = Domain(self._members, self._pool, secret)
             # Whoever writes the pool's slots must know which are in use before the first is taken.
             self._pool.retain(self._domain.slots())
-            self._listener = listen(self._directory / CONTROL)
-            undo.callback(self._listener.close)
+            self._clients = Clients(self._directory / CONTROL)
+            undo.callback(self._clients.close)
             _keep(work, self._directory)
             undo.pop_all()
         self._found = Found(0, 0, 0, 0, 0)
@@ -231,9 +231,6 @@ class Running:
 
     def serve(self) -> None:
         """Scan, share and answer until told to stop."""
-        clients: dict[int, Connection] = {}
-        poll = select.poll()
-        poll.register(self._listener.fileno(), select.POLLIN)
         scan_due = reads_due = time.monotonic()
         while True:
             now = time.monotonic()
@@ -248,16 +245,10 @@ class Running:
                 self._look_at_reads()
                 reads_due = time.monotonic() + self._work.reads_s
             patience = max(0.0, min(scan_due, reads_due) - time.monotonic())
-            for fd, _ in poll.poll(patience * 1000):
-                if fd == self._listener.fileno():
-                    client = Connection(self._listener.accept()[0].detach())
-                    clients[client.fileno()] = client
-                    poll.register(client.fileno(), select.POLLIN)
-                    continue
-                going_on = self._attend(clients[fd])
+            for client in self._clients.speaking(patience):
+                going_on = self._attend(client)
                 if going_on is None:
-                    poll.unregister(fd)
-                    clients.pop(fd).close()
+                    self._clients.drop(client)
                 elif not going_on:
                     return
 
@@ -278,7 +269,7 @@ class Running:
         return not stopping
 
     def _end(self) -> None:
-        self._listener.close()
+        self._clients.close()
         _remove(self._directory, self._pool_path)
         os.close(self._lock)
 

@@ -1,4 +1,4 @@
-"""Holding: one engine at a time has a guest, by a lock in the guest's directory, and takes orders at a socket there.
+"""Holding: one engine at a time has a guest, by a lock in the guest's directory.
 
 The lock (flock(2)) ends with its holder, whose pid is in it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -61,18 +60,3 @@ def empty(directory: Path) -> None:
     for old in directory.iterdir():
         if old.name != "lock":
             old.unlink()
-
-
-def listen(path: Path) -> socket.socket:
-    """A socket at ``path`` that takes orders."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX)
-    # By the directory's descriptor: the path may be longer than an address.
-    place = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        listener.bind(f"/proc/self/fd/{place}/{path.name}")
-        path.chmod(0o660)
-        listener.listen()
-    finally:
-        os.close(place)
-    return listener

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +35,8 @@ import numpy as np
 import structlog
 
 from outboard.agent import restoring
-from outboard.agent.holding import CONTROL, empty, hold, listen
+from outboard.agent.clients import Clients
+from outboard.agent.holding import CONTROL, empty, hold
 from outboard.agent.orders import (
     DropZeros,
     Evict,
@@ -153,8 +153,10 @@ class Manager:
                 self._swap = msgspec.json.decode((directory / _SWAPPING).read_bytes(), type=Swapping)
             self._guest = layout.guest()
             undo.callback(self._guest.close)
-            self._listener = listen(directory / CONTROL)
-            undo.callback(self._listener.close)
+            self._process = pidfd.open(layout.pid)
+            undo.callback(os.close, self._process)
+            self._clients = Clients(directory / CONTROL, self._process)
+            undo.callback(self._clients.close)
             pages = self._guest.pages
             self._swapped = self._swap.open(pages, directory)
             self._stores: dict[Where, FileStore | SnapshotStore] = {
@@ -162,8 +164,6 @@ class Manager:
                 Where.FILE: self._swapped,
             }
             self._heat = Heat(pages, _HALF_LIFE_S, time.monotonic())
-            self._process = pidfd.open(layout.pid)
-            undo.callback(os.close, self._process)
             residency = Residency(pages, directory)
             self._restored: Restored | None = None
             if (source := restoring.source_of(directory)) is not None:
@@ -206,33 +206,24 @@ class Manager:
 
         :raise OutboardError: faults are no longer served; a successor goes on.
         """
-        clients: dict[int, Connection] = {}
         if self._restored is not None:
             self._restored.attend(self._pager)
-        poll = select.poll()
-        for fd in (self._listener.fileno(), self._process):
-            poll.register(fd, select.POLLIN)
         while True:
-            for fd, _ in poll.poll(self._patience_s() * 1000):
-                if fd == self._process:
-                    if self._snapshotting is not None:
-                        self._snapshotting.wait()
-                    self._let_go()
-                    self._forget()
-                    os.close(self._lock)
-                    return
-                if fd == self._listener.fileno():
-                    client = Connection(self._listener.accept()[0].detach())
-                    clients[client.fileno()] = client
-                    poll.register(client.fileno(), select.POLLIN)
-                    continue
-                going_on = self._attend(clients[fd])
+            speaking = self._clients.speaking(self._patience_s())
+            if self._clients.called:
+                # The guest has ended.
+                if self._snapshotting is not None:
+                    self._snapshotting.wait()
+                self._let_go()
+                self._forget()
+                os.close(self._lock)
+                return
+            for client in speaking:
+                going_on = self._attend(client)
                 if going_on is None:
-                    poll.unregister(fd)
-                    gone = clients.pop(fd)
-                    if self._pending is not None and self._pending.client is gone:
+                    if self._pending is not None and self._pending.client is client:
                         self._pending = None
-                    gone.close()
+                    self._clients.drop(client)
                 elif not going_on:
                     return
             if self._pending is not None and time.monotonic() >= self._pending.due:
@@ -452,7 +443,7 @@ class Manager:
     def _let_go(self) -> None:
         self._pager.close()
         self._guest.close()
-        self._listener.close()
+        self._clients.close()
         for store in self._stores.values():
             store.close()
         if self._disks is not None:
