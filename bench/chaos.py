@@ -8,7 +8,6 @@ recovered when the next engine serves faults.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -24,84 +23,15 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from demo.hosts import ROOT
-from guest.build import build
-from outboard.agent.holding import CONTROL
-from outboard.agent.orders import Evict, Fetch, Look, Order, ask
+from outboard.agent.orders import Evict, Fetch, Order, ask
 from outboard.errors import OutboardError
 from outboard.linux import pidfd
-from tests.support.cluster import Cluster, Vm
-from tests.support.target import Target
+from tests.support.cluster import Cluster
 
 from .claims import Claim, claim, publish
-from .engines import engine
+from .managed import ManagedGuest, ManagedProcess
 
-_MIB = 64
 _CALM_S = 60.0
-
-
-class _ProcessScene:
-    """A process with writers; each :meth:`next` is another engine for it."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._target = Target("memfd", _MIB)
-        self._engines = multiprocessing.get_context("forkserver")
-        self._engines.set_forkserver_preload(["bench.engines"])
-        self.control = directory / "memory" / CONTROL
-        self._target.ask("g")
-
-    def next(self) -> int:
-        """Start an engine, and wait until it serves."""
-        ours, theirs = self._engines.Pipe()
-        process = self._engines.Process(target=engine, args=(str(self._directory), self._target.pid, theirs))
-        process.start()
-        theirs.close()
-        ours.recv_bytes()
-        ours.close()
-        threading.Thread(target=process.join, daemon=True).start()
-        assert process.pid is not None
-        return process.pid
-
-    def wrong(self) -> int:
-        """How many words the writers do not find as they left them."""
-        return int(self._target.ask("s").split()[1])
-
-    def close(self) -> None:
-        """End the process; its engine ends with it."""
-        self._target.__exit__(None, None, None)
-
-
-class _VmScene:
-    """A guest on a host of its own, whose agent starts the engines."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        image = build(ROOT / ".build/guest")
-        self._vm = Vm(cluster, image, "chaos")
-        self._vm.write()
-        done = cluster.a.outboard("evict", "chaos", "--idle", "0.2")
-        if done.returncode:
-            raise OutboardError(done.stderr)
-        self.control = self._vm.record("a").memory_directory / CONTROL
-        self._dead = 0
-
-    def next(self) -> int:
-        """Wait until the agent has started another engine, and that one serves."""
-        while True:
-            with contextlib.suppress(OutboardError):
-                engine = ask(self.control, Look(), 1.0).engine
-                if engine != self._dead:
-                    self._dead = engine
-                    return engine
-            time.sleep(0.001)
-
-    def wrong(self) -> int:
-        """How many pages the guest does not find as it left them."""
-        said = self._vm.tell("a", "verify")
-        return 0 if said.startswith("ok") else 1
-
-    def close(self) -> None:
-        """The cluster ends it."""
 
 
 def _orders(chance: random.Random) -> Iterator[Order]:
@@ -121,7 +51,7 @@ def _disturb(control: Path, chance: random.Random, ending: threading.Event) -> N
 
 
 def play(
-    name: str, scene: _ProcessScene | _VmScene, kills: int, chance: random.Random, say: Callable[[str], None]
+    name: str, scene: ManagedProcess | ManagedGuest, kills: int, chance: random.Random, say: Callable[[str], None]
 ) -> list[Claim]:
     """Kill ``kills`` engines; how long each took to be replaced, and what the writers find in the end."""
     took: list[float] = []
@@ -166,13 +96,13 @@ def main(kills: int, seed: int | None, file: Path | None) -> None:
     directory = Path(tempfile.mkdtemp(prefix="outboard-chaos-", dir="/dev/shm"))  # the pool is memory
     claims: list[Claim] = []
     try:
-        process = _ProcessScene(directory)
+        process = ManagedProcess(directory / "process")
         try:
             claims += play("a process", process, kills - kills // 3, chance, console.print)
         finally:
             process.close()
         with Cluster(31) as cluster:
-            claims += play("a guest", _VmScene(cluster), kills // 3, chance, console.print)
+            claims += play("a guest", ManagedGuest(cluster), kills // 3, chance, console.print)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     publish(claims, file, Console())

@@ -8,7 +8,6 @@ must be what was reserved, to the block; no order may fail; in the end every wri
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,114 +20,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import msgspec
 from rich.console import Console
 
-from demo.hosts import ROOT
-from guest.build import build
-from outboard.agent.holding import CONTROL
-from outboard.agent.orders import Evict, Fetch, Look, Order, ask
+from outboard.agent.orders import Evict, Fetch, Order, ask
 from outboard.agent.swapping import ReservedSwap
 from outboard.errors import OutboardError, UnreachableError
 from outboard.linux import pidfd
-from outboard.stores.reservation import Reservation
-from tests.support.cluster import Cluster, Vm
-from tests.support.loops import KINDS, fill, mounted
+from tests.support.cluster import Cluster
+from tests.support.loops import KINDS, fill, mounted, reserve
 from tests.support.processes import kill
-from tests.support.target import Target
 
 from .claims import claim, publish
-from .engines import engine
+from .managed import GUEST_MIB, MIB, ManagedGuest, ManagedProcess
 
-_MIB = 64
-_GUEST_MIB = 256
-_RESERVED = (3 * _MIB + _GUEST_MIB) << 20
-_READY_S = 120.0
-_IMPORTED = [
-    "demo.hosts",
-    "guest.build",
-    "tests.support.cluster",
-    "tests.support.target",
-    "rich.console",
-    "bench.claims",
-]
-"""By this module, which each engine runs again, as multiprocessing does: nobody is to wait for that."""
-
-
-class _Process:
-    """A process with writers; :meth:`next` starts another engine for it."""
-
-    def __init__(self, name: str, directory: Path, disk: Path) -> None:
-        self.name = name
-        self._directory = directory / name
-        self._directory.mkdir()
-        self._swap = ReservedSwap(str(disk / "swap"), _RESERVED, name)
-        self._target = Target("memfd", _MIB)
-        self._engines = multiprocessing.get_context("forkserver")
-        self._engines.set_forkserver_preload(["bench.engines", *_IMPORTED])
-        self.control = self._directory / "memory" / CONTROL
-        self._target.ask("g")
-
-    def next(self) -> int:
-        """Start an engine, and wait until it serves."""
-        ours, theirs = self._engines.Pipe()
-        arguments = (str(self._directory), self._target.pid, theirs, msgspec.json.encode(self._swap))
-        process = self._engines.Process(target=engine, args=arguments)
-        process.start()
-        theirs.close()
-        ours.recv_bytes()
-        ours.close()
-        threading.Thread(target=process.join, daemon=True).start()
-        assert process.pid is not None
-        return process.pid
-
-    def wrong(self) -> int:
-        """How many words the writers do not find as they left them."""
-        return int(self._target.ask("s").split()[1])
-
-    def close(self) -> None:
-        """End the process; its engine ends with it."""
-        self._target.__exit__(None, None, None)
-
-
-class _Guest:
-    """A guest on a host whose agent starts the engines."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.name = "guest"
-        self._vm = Vm(cluster, build(ROOT / ".build/guest"), self.name, mebibytes=_GUEST_MIB)
-        self._vm.write()
-        done = cluster.a.outboard("evict", self.name, "--idle", "0.2")
-        if done.returncode:
-            raise OutboardError(done.stderr)
-        self.control = self._vm.record("a").memory_directory / CONTROL
-        self._dead = 0
-
-    def next(self) -> int:
-        """Wait until the agent has started another engine, and that one serves."""
-        deadline = time.monotonic() + _READY_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OutboardError):
-                found = ask(self.control, Look(), 5.0).engine
-                if found != self._dead:
-                    self._dead = found
-                    return found
-            time.sleep(0.002)
-        raise OutboardError("the agent has started no other engine")
-
-    def wrong(self) -> int:
-        """How many pages the guest does not find as it left them."""
-        said = self._vm.tell("a", "verify")
-        return 0 if said.startswith("ok") else 1
-
-    def close(self) -> None:
-        """The cluster ends it."""
+_RESERVED = (3 * MIB + GUEST_MIB) << 20
 
 
 class _Disturber:
     """Gives a VM's engine one order after another; ``failures`` are those that were refused."""
 
-    def __init__(self, vm: _Process | _Guest, chance: random.Random) -> None:
+    def __init__(self, vm: ManagedProcess | ManagedGuest, chance: random.Random) -> None:
         self._vm, self._chance = vm, chance
         self.failures: list[str] = []
         self.orders = 0
@@ -173,7 +84,7 @@ def _host(disk: Path) -> Iterator[Cluster]:
 @click.command()
 @click.option("--kills", default=200, show_default=True, help="Of engines, whosever comes.")
 @click.option("--seconds", default=600.0, show_default=True, help="At least; kills are spread over it.")
-@click.option("--file-system", "kind", type=click.Choice(KINDS), default="ext4", show_default=True)
+@click.option("--file-system", "kind", type=click.Choice((*KINDS, "ext4-lent")), default="ext4", show_default=True)
 @click.option("--guest/--no-guest", default=True, show_default=True, help="A real one beside the processes.")
 @click.option("--seed", type=int, help="Of the moments and orders; another one each time when not given.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the claims here.")
@@ -192,13 +103,15 @@ def main(kills: int, seconds: float, kind: str, guest: bool, seed: int | None, f
     try:
         with contextlib.ExitStack() as until_end:
             disk = until_end.enter_context(mounted(kind, place, 1 << 30))
-            lookout = Reservation(disk / "swap", _RESERVED)
+            lookout = reserve(disk / "swap", _RESERVED)
             until_end.callback(lookout.close)
-            vms: list[_Process | _Guest] = []
+            vms: list[ManagedProcess | ManagedGuest] = []
             if guest:
-                vms.append(_Guest(until_end.enter_context(_host(disk))))
+                vms.append(ManagedGuest(until_end.enter_context(_host(disk))))
             for number in range(3):
-                vms.append(_Process(f"process-{number}", memory, disk))
+                name = f"process-{number}"
+                swap = ReservedSwap(str(disk / "swap"), _RESERVED, name)
+                vms.append(ManagedProcess(memory / name, swap))
                 until_end.callback(vms[-1].close)
             engines = {vm.name: vm.next() for vm in vms}
             disturbers = [_Disturber(vm, random.Random(chance.random())) for vm in vms]  # noqa: S311

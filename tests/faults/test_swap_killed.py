@@ -34,7 +34,7 @@ class Scene:
         self.engage()
         self.kept = self.store.put(content(200))
         self.blocks = self.count()
-        assert self.store.lent[0] == (2 if disk.name == "ext4" else 1)
+        assert self.store.lent[0] == (2 if disk.name == "ext4-lent" else 1)
 
     def engage(self) -> None:
         self.store = SwapStore(reserve(self.directory, SIZE), "web", 4 * UNIT_PAGES, self.beside)
@@ -60,12 +60,12 @@ class Scene:
         self.store.close()
         with_it = Reservation(self.directory, SIZE)
         now = with_it.statistics()
-        kept = (0, 1 << 20) if self.directory.parent.name == "ext4" else (1 << 20, 0)
+        kept = (0, 1 << 20) if self.directory.parent.name == "ext4-lent" else (1 << 20, 0)
         assert (now.moved, now.lent, now.lost, now.blocks) == (*kept, 0, now.blocks_reserved)
         with_it.close()
 
 
-@pytest.fixture(params=(*KINDS, "ext4-thin"))
+@pytest.fixture(params=(*KINDS, "ext4"))
 def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
     require("root", "loop-file-systems")
     with mounted(request.param, tmp_path) as disk:
@@ -103,7 +103,7 @@ def test_while_units_are_lent_on_a_full_disk(scene: Scene) -> None:
     filler.unlink()
 
 
-@pytest.mark.parametrize("scene", ["ext4-thin"], indirect=True)
+@pytest.mark.parametrize("scene", ["ext4"], indirect=True)
 def test_while_a_swap_file_is_made_and_removed(scene: Scene) -> None:
     def work() -> None:
         other = reserve(scene.directory, SIZE)
@@ -127,7 +127,7 @@ def test_while_a_swap_file_is_made_and_removed(scene: Scene) -> None:
 
 def test_while_it_is_made(tmp_path: Path) -> None:
     require("root", "loop-file-systems")
-    with mounted("ext4", tmp_path) as disk:
+    with mounted("ext4-lent", tmp_path) as disk:
         for stop in range(1, 2000, 2):
             killed = killed_at(stop, lambda: None, lambda: Reservation(disk / "swap", 2 << 20))
             made = Reservation(disk / "swap", 2 << 20)

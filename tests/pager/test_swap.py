@@ -43,7 +43,7 @@ def test_what_was_swapped_out_comes_back(
     tmp_path: Path, journal: Path, full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require("root", "loop-file-systems")
-    with mounted("ext4-thin", tmp_path) as disk, Target(mebibytes=MIB) as target:
+    with mounted("ext4", tmp_path) as disk, Target(mebibytes=MIB) as target:
         pager = engage(target, disk, journal)
         if full:
             fill(disk)

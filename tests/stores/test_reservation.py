@@ -21,8 +21,8 @@ from tests.support.loops import fill, mounted, reserve
 from tests.support.requirements import require
 
 MIB = 1 << 20
-WAYS = {"ext4": "lend", "ext4-thin": "allocate", "xfs": "clone", "xfs-exchange": "exchange"}
-MOVING = tuple(kind for kind in WAYS if kind != "ext4")
+WAYS = {"ext4-lent": "lend", "ext4": "allocate", "xfs": "clone", "xfs-exchange": "exchange"}
+MOVING = tuple(kind for kind in WAYS if kind != "ext4-lent")
 NOTHING = np.empty(0, dtype=np.uint8)
 
 
@@ -100,7 +100,7 @@ def test_many_moves_leave_the_blocks_as_they_were_to_the_block(place: Path) -> N
     reservation.close()
 
 
-@pytest.mark.parametrize("kind", ["ext4"], indirect=True)
+@pytest.mark.parametrize("kind", ["ext4-lent"], indirect=True)
 def test_where_blocks_cannot_move_units_are_lent(place: Path, kind: str) -> None:
     directory = place / "swap"
     reservation = reserve(directory, 16 * MIB)
@@ -126,7 +126,7 @@ def test_where_blocks_cannot_move_units_are_lent(place: Path, kind: str) -> None
     reservation.close()
 
 
-@pytest.mark.parametrize("kind", ["ext4"], indirect=True)
+@pytest.mark.parametrize("kind", ["ext4-lent"], indirect=True)
 def test_swap_files_can_be_made_thin_later_and_thick_again(place: Path) -> None:
     directory = place / "swap"
     first = Reservation(directory, 8 * MIB, thin=False)

@@ -57,7 +57,7 @@ class Place:
         return own + int(np.count_nonzero(self.store.lent >= 2))
 
 
-@pytest.fixture(params=(*KINDS, "ext4-thin"))
+@pytest.fixture(params=(*KINDS, "ext4"))
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     require("root", "loop-file-systems")
     with mounted(request.param, tmp_path) as disk:

@@ -15,7 +15,7 @@ from outboard.linux import fallocate
 from outboard.stores.reservation import Reservation
 
 KINDS = ("ext4", "xfs", "xfs-exchange")
-"""File systems; :func:`mounted` knows ``ext4-thin`` too, on which the reservation is asked for thin swap files."""
+"""File systems; :func:`mounted` knows ``ext4-lent`` too, on which swap files need not be thin."""
 _SIZE = 320 << 20
 _INCOMPAT, _CRC, _EXCHANGE = 216, 224, 1 << 6
 
@@ -72,8 +72,8 @@ def _allow_exchange(image: Path) -> None:
 
 
 def reserve(directory: Path, size: int) -> Reservation:
-    """A reservation on such a file system, with thin swap files on that which is named so."""
-    return Reservation(directory, size, thin="ext4-thin" in directory.parts)
+    """A reservation on such a file system, with thin swap files but on that which is named so."""
+    return Reservation(directory, size, thin="ext4-lent" not in directory.parts)
 
 
 def fill(place: Path, keep: int = 0) -> Path:
