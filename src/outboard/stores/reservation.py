@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,43 +48,24 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from outboard.errors import KernelError, OutboardError, RefusedError, StoreFullError
+from outboard.errors import KernelError, RefusedError, StoreFullError
 from outboard.linux import fallocate, fiemap
 from outboard.pages.shared import file_array, shared_array
 from outboard.stores import moving
+from outboard.stores.ballast import Ballast, ballast_of
 from outboard.stores.moving import NO_ROOM, UNIT, Way, is_mapped, mapped, require_file_system, units_of, way_of
+from outboard.stores.reservation_state import Head, Intent, State
 from outboard.stores.thick import make_thick
 
 SPARE = 4
 """Units that are reserved beyond what is promised."""
 _HERE, _GONE, _LOST = 0, -1, -2
 """In the map; a number above 0 is the inode of the swap file that the unit is lent to."""
-_NOTHING = -1
-"""In an intent: no unit moves, but what all files take together may change."""
-_BALLAST, _BALLAST_SHARE = 4 << 20, 1024
-_HEAD, _INTENT, _STATE_SIZE = 0, 4096, 8192
 _UNMOVED = (Way.LEND, Way.ALLOCATE)
 """Where blocks cannot move: as swap files are not, or are, to be thin."""
 _COMMITS = 4
 """How often to look for room on a full disk."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-
-
-class _Head(msgspec.Struct, frozen=True):
-    """What was reserved; ``blocks`` of 512 bytes, of all files together."""
-
-    units: int
-    blocks: int
-    way: Way
-    boot: str
-
-
-class _Intent(msgspec.Struct, frozen=True):
-    """Which unit of which swap file and of the reservation are being moved."""
-
-    file: str
-    unit: int
-    ours: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,23 +110,20 @@ class Reservation:
         with contextlib.ExitStack() as undo:
             try:
                 self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._state = os.open(directory / "state", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                self._state = State(directory)
             except OSError as error:
                 raise KernelError(f"making the reservation in {directory}", error.errno or errno.EIO) from error
-            undo.callback(os.close, self._state)
-            require_file_system(directory, self._state)
+            undo.callback(self._state.close)
+            require_file_system(directory, self._state.fd)
             self._zeros: NDArray[np.uint8] = shared_array(UNIT, np.uint8)
-            fcntl.flock(self._state, fcntl.LOCK_EX)
-            try:
+            with self._state.locked():
                 self._open(undo, make=make, thin=thin)
-            finally:
-                fcntl.flock(self._state, fcntl.LOCK_UN)
             undo.pop_all()
 
     # Opening and making
 
     def _open(self, undo: contextlib.ExitStack, *, make: bool, thin: bool | None) -> None:
-        head = self._head()
+        head = self._state.head()
         if head is not None and head.units != self.units:
             if any(self._files.iterdir()):
                 raise RefusedError(
@@ -162,46 +139,32 @@ class Reservation:
                     f"{(self.units - SPARE)} MiB are not reserved in {self.directory} yet; outboard agent does that as "
                     "it starts",
                 )
-            self._write_state(_HEAD, b"")
-            self._write_state(_INTENT, b"")
+            self._state.keep(None)
+            self._state.intend(None)
             size = self.units * UNIT
-            sizes = {"reservation": size, "ballast": _BALLAST + size // _BALLAST_SHARE, "map": self.units * 8}
+            sizes = {"reservation": size, "ballast": ballast_of(size), "map": self.units * 8}
             make_thick(self.directory, sizes)
         self._map: NDArray[np.int64] = file_array(self.directory / "map", self.units, np.int64)
         self._ours = os.open(self.directory / "reservation", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
         undo.callback(os.close, self._ours)
-        self._ballast = os.open(self.directory / "ballast", os.O_RDWR | os.O_CLOEXEC)
-        undo.callback(os.close, self._ballast)
+        self._ballast = Ballast(self.directory / "ballast")
+        undo.callback(self._ballast.close)
         if head is None:
             way = way_of(self.directory, thin=thin is not False)
-            head = _Head(self.units, self._measure(), way, _BOOT.read_text())
-            self._write_state(_HEAD, msgspec.json.encode(head))
+            head = Head(self.units, self._measure(), way, _BOOT.read_text())
+            self._state.keep(head)
         elif thin is not None and head.way in _UNMOVED and head.way is not _UNMOVED[thin]:
             # What is lent, and what has moved, stays that until it is empty.
             head = msgspec.structs.replace(head, way=_UNMOVED[thin])
-            self._write_state(_HEAD, msgspec.json.encode(head))
+            self._state.keep(head)
         self.way, self._blocks = head.way, head.blocks
         if head.boot != _BOOT.read_text():
             self._start_over()
-            self._write_state(_HEAD, msgspec.json.encode(msgspec.structs.replace(head, boot=_BOOT.read_text())))
-
-    def _head(self) -> _Head | None:
-        """What was reserved; None: nothing yet, or somebody died while he did."""
-        text = os.pread(self._state, _INTENT, _HEAD).rstrip(b"\0")
-        try:
-            return msgspec.json.decode(text, type=_Head) if text else None
-        except msgspec.DecodeError as error:
-            raise OutboardError(
-                f"{self.directory / 'state'} is no record of a reservation ({error}); with no VM running, remove "
-                f"{self.directory} to reserve anew"
-            ) from error
-
-    def _write_state(self, at: int, text: bytes) -> None:
-        os.pwrite(self._state, text.ljust(_INTENT, b"\0"), at)
+            self._state.keep(msgspec.structs.replace(head, boot=_BOOT.read_text()))
 
     def _start_over(self) -> None:
         """After a power cut: what swap files hold is nobody's any more."""
-        self._write_state(_INTENT, b"")
+        self._state.intend(None)
         for k in range(self.units):
             self._map[k] = _HERE if is_mapped(self._ours, k) else _GONE
         for path in list(self._files.iterdir()):
@@ -216,27 +179,24 @@ class Reservation:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock, with everything in order."""
-        fcntl.flock(self._state, fcntl.LOCK_EX)
-        try:
-            text = os.pread(self._state, _INTENT, _INTENT).rstrip(b"\0")
-            if text:
-                self._mend(msgspec.json.decode(text, type=_Intent))
-                self._write_state(_INTENT, b"")
+        with self._state.locked():
+            intent = self._state.intent()
+            if intent is not None:
+                self._mend(intent)
+                self._state.intend(None)
             yield
-        finally:
-            fcntl.flock(self._state, fcntl.LOCK_UN)
 
     @contextlib.contextmanager
-    def _intending(self, file: str, unit: int, k: int) -> Iterator[None]:
+    def _intending(self, file: str, unit: int = 0, k: int | None = None) -> Iterator[None]:
         """Around a move and the balance after it; what raises in between is mended by whoever comes next."""
-        self._write_state(_INTENT, msgspec.json.encode(_Intent(file, unit, k)))
+        self._state.intend(Intent(file, unit, k))
         yield
-        self._write_state(_INTENT, b"")
+        self._state.intend(None)
 
-    def _mend(self, intent: _Intent) -> None:
+    def _mend(self, intent: Intent) -> None:
         """Finish or undo what somebody died over."""
         k = intent.ours
-        if k == _NOTHING:
+        if k is None:
             self._balance()
             return
         with contextlib.ExitStack() as open_:
@@ -257,7 +217,7 @@ class Reservation:
 
     def _restore(self, k: int) -> None:
         """Have a unit here that is nowhere; it is lost, for now, if the disk is full."""
-        while not (is_there := self._allocate(self._ours, k)) and self._make_room():
+        while not (is_there := self._allocate(self._ours, k)) and self._ballast.give():
             pass
         if is_there:
             self._fill(self._ours, k)
@@ -282,13 +242,7 @@ class Reservation:
         return False
 
     def _punch(self, fd: int, unit: int) -> None:
-        moving.punch(fd, unit, self._make_room)
-
-    def _make_room(self) -> bool:
-        """Leave the disk some of what the ballast has, which :meth:`_balance` has back; False: it has nothing."""
-        size = os.fstat(self._ballast).st_size
-        os.ftruncate(self._ballast, max(0, size - UNIT))
-        return size > 0
+        moving.punch(fd, unit, self._ballast.give)
 
     def _fill(self, fd: int, unit: int) -> None:
         """Write a unit that is allocated only."""
@@ -345,7 +299,7 @@ class Reservation:
         return first
 
     def _move(self, source: int, at: int, target: int, to: int) -> bool:
-        return moving.move(self.way, source, at, target, to, self._make_room)
+        return moving.move(self.way, source, at, target, to, self._ballast.give)
 
     def give_back(self, file: SwapFile, units: list[int]) -> list[int]:
         """Take units of a swap file back that no page is in; those that came, on a full disk perhaps not all."""
@@ -361,7 +315,7 @@ class Reservation:
         k = self._first(_GONE)
         with self._intending(name, unit, k):
             came = self._move(fd, unit, self._ours, k)
-            while by_force and not came and self._make_room():
+            while by_force and not came and self._ballast.give():
                 came = self._move(fd, unit, self._ours, k)
             if came:
                 self._map[k] = _HERE
@@ -397,24 +351,12 @@ class Reservation:
         """Grow or shrink the ballast by what extent trees have shrunk or grown."""
         for _ in range(3):
             wanted = self._blocks - self._count(_LOST) * (UNIT // 512) - self._measure()
-            if not wanted:
-                return
-            # Its size is what is allocated to it, but for its own extent tree.
-            size = os.fstat(self._ballast).st_size
-            try:
-                if wanted > 0:
-                    # What it has already XFS would want free again.
-                    fallocate.allocate(self._ballast, size, wanted * 512)
-                else:
-                    os.ftruncate(self._ballast, max(0, size + wanted * 512))
-            except OSError as error:
-                if error.errno not in NO_ROOM:
-                    raise
+            if not wanted or not self._ballast.change(wanted):
                 return
 
     def _measure(self) -> int:
         """The blocks of all files together."""
-        total = os.fstat(self._ours).st_blocks + os.fstat(self._ballast).st_blocks
+        total = os.fstat(self._ours).st_blocks + self._ballast.blocks
         with os.scandir(self._files) as entries:
             return total + sum(entry.stat(follow_symlinks=False).st_blocks for entry in entries)
 
@@ -444,7 +386,7 @@ class Reservation:
 
         :raise StoreFullError: the disk has no room even for its name.
         """
-        with self._locked(), self._intending(name, 0, _NOTHING):
+        with self._locked(), self._intending(name):
             self._regain()
             path = self._files / name
             while True:
@@ -455,7 +397,7 @@ class Reservation:
                 except OSError as error:
                     if error.errno not in NO_ROOM:
                         raise KernelError(f"open of the swap file {path}", error.errno or errno.EIO) from error
-                    if not self._make_room():
+                    if not self._ballast.give():
                         raise StoreFullError(f"the disk of {path} is full: the swap file cannot be made") from error
             self._balance()
             return SwapFile(name, fd, os.fstat(fd).st_ino)
@@ -478,7 +420,7 @@ class Reservation:
             path = self._files / name
             if path.exists():
                 self._empty(path)
-                with self._intending(name, 0, _NOTHING):
+                with self._intending(name):
                     path.unlink()
                     self._balance()
 
@@ -504,10 +446,10 @@ class Reservation:
 
     def close(self) -> None:
         """Idempotent; everything stays where it is."""
-        if self._state >= 0:
-            for fd in (self._ours, self._ballast, self._state):
-                os.close(fd)
-            self._state = -1
+        if self._state.fd >= 0:
+            os.close(self._ours)
+            self._ballast.close()
+            self._state.close()
             del self._map
 
 
