@@ -10,8 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from outboard.linux.numa import migrate_pages, nodes_of_pages
 from outboard.numa.following import Follower
 from outboard.numa.moving import Limits, Mover, Pace, Rests
-from outboard.numa.policies import POLICIES, Memory
+from outboard.numa.policies import POLICIES, UNKNOWN, Memory
 from outboard.numa.warmth import watch
 from outboard.numa.whereabouts import Whereabouts, free_of
 from outboard.vmm.guest import Guest
@@ -58,7 +57,8 @@ class Outcome(msgspec.Struct):
 
     ``batches``: end, pages and seconds of each; ``local``: the true share after each. ``gap``: the longest that the
     target waited for 16 touches, and ``wrong`` words that it found. ``agrees``: how well the watched heat orders pages
-    as they are truly touched, as a rank correlation. ``overhead``: the median of calls that move nothing.
+    as they are truly touched, as a rank correlation. ``planned``: the seconds that ordering them took, before the
+    target went. ``overhead``: the median of calls that move nothing.
     """
 
     arm: str
@@ -73,6 +73,7 @@ class Outcome(msgspec.Struct):
     wrong: int
     watched: float = 0.0
     agrees: float = 0.0
+    planned: float = 0.0
     overhead: float = 0.0
 
 
@@ -116,8 +117,9 @@ class Target:
 class _Recorded:
     """Whereabouts that remember when each unit came."""
 
-    def __init__(self, where: Whereabouts, began: float) -> None:
-        self._where, self._began = where, began
+    def __init__(self, where: Whereabouts) -> None:
+        self._where = where
+        self.began = 0.0
         self.batches: list[tuple[float, int, float]] = []
         self.came: list[NDArray[np.int64]] = []
         self.overheads: list[float] = []
@@ -126,10 +128,13 @@ class _Recorded:
         self.overheads.append(self._where.overhead())
         return self.overheads[-1]
 
+    def nodes(self, units: NDArray[np.int64]) -> NDArray[np.int16]:
+        return self._where.nodes(units)
+
     def move(self, units: NDArray[np.int64], node: int) -> tuple[NDArray[np.int32], float]:
         status, took = self._where.move(units, node)
         there = units[status == node]
-        self.batches.append((time.monotonic() - self._began, int(there.size), took))
+        self.batches.append((time.monotonic() - self.began, int(there.size), took))
         self.came.append(there)
         return status, took
 
@@ -168,23 +173,16 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray((ends - counts / 2)[inverse])
 
 
-def _follow(guest: Guest, setup: Setup, arm: str, memory: Memory, clock: Callable[[], float]) -> _Recorded:
-    with Whereabouts(guest, 1) as where:
-        where.map_all()
-        recorded = _Recorded(where, clock())
-        follower = Follower(
-            recorded,
-            memory._replace(node=where.nodes()),
-            Mover(POLICIES[arm], 1, Limits(64, 4096), free_of(1) // 4096),
-            Pace(setup.stall, 64, 65536, 16),
-            Rests(setup.pages, 60),
-            time.monotonic,
-            time.sleep,
-        )
-        ends = time.monotonic() + setup.most
-        while follower.step() and time.monotonic() < ends:
-            pass
-    return recorded
+def _follower(where: _Recorded, setup: Setup, arm: str, memory: Memory) -> Follower:
+    return Follower(
+        where,
+        memory,
+        Mover(POLICIES[arm], 1, Limits(64, 4096), free_of(1) // 4096),
+        Pace(setup.stall, 64, 65536, 16),
+        Rests(setup.pages, 60),
+        time.monotonic,
+        time.sleep,
+    )
 
 
 def run(setup: Setup, arm: str, weights: NDArray[np.float64]) -> Outcome:
@@ -192,54 +190,61 @@ def run(setup: Setup, arm: str, weights: NDArray[np.float64]) -> Outcome:
     _BALANCING.write_text("0")
     if setup.beside:
         os.sched_setaffinity(0, {0})
-    # The kernel's balancing leaves pages of a file where they are, those of memfd too.
-    target = Target(setup, "private" if arm == BALANCING else "shared")
-    try:
-        with nullcontext() if arm == BALANCING else attach_process(target.pid) as guest:
-            time.sleep(0.5)
-            before = target.rate()
-            memory = Memory(np.zeros(setup.pages), np.zeros(setup.pages), np.zeros(setup.pages, dtype=np.int16))
-            watched = 0.0
-            if guest is not None and arm in POLICIES and arm != "address":
+    with ExitStack() as stack:
+        stack.callback(_BALANCING.write_text, "0")
+        # The kernel's balancing leaves pages of a file where they are, those of memfd too.
+        target = Target(setup, "private" if arm == BALANCING else "shared")
+        stack.callback(target.close)
+        guest = None if arm == BALANCING else stack.enter_context(attach_process(target.pid))
+        time.sleep(0.5)
+        before = target.rate()
+        cold = np.zeros(setup.pages)
+        memory = Memory(cold, cold, np.full(setup.pages, UNKNOWN, dtype=np.int16))
+        watched = planned = overhead = 0.0
+        recorded: _Recorded | None = None
+        if guest is not None and arm in POLICIES:
+            if POLICIES[arm].order != "address":
                 began = time.monotonic()
                 memory = watch(guest, 1, setup.watch)
                 watched = time.monotonic() - began
-            agrees = float(np.corrcoef(_ranks(memory.heat), _ranks(weights))[0, 1]) if watched else 0.0
-            if arm == BALANCING:
-                _BALANCING.write_text("1")
-            os.sched_setaffinity(target.pid, {1})
-            if setup.beside:
-                os.sched_setaffinity(0, {1})
-            target.ask("g")
             began = time.monotonic()
-            sampler = _Sampler(target, setup, weights, began)
-            sampler.look()
-            sampler.start()
-            batches: list[tuple[float, int, float]] = []
-            local: list[float] = []
-            overhead = 0.0
-            if guest is not None and arm in POLICIES:
-                recorded = _follow(guest, setup, arm, memory, lambda: began)
-                batches = recorded.batches
-                overhead = float(np.median(recorded.overheads))
-                local = np.cumsum([weights[came].sum() for came in recorded.came]).tolist()
-            elif arm == MIGRATE:
-                migrate_pages(target.pid, 0, 1)
-                batches = [(time.monotonic() - began, setup.pages, time.monotonic() - began)]
-            elif arm == BALANCING:
-                while time.monotonic() < began + setup.most and sampler.shares[-1] < 0.95:
-                    time.sleep(_PERIOD_S)
-            elif guest is not None:
-                batches = _to_and_fro(guest, setup, weights, began)
-            sampler.ended.set()
-            sampler.join()
-            sampler.look()
-            gap = target.ask("e")[1] / 1e9
-            after = target.rate()
-            wrong = target.ask("v")[0]
-    finally:
-        _BALANCING.write_text("0")
-        target.close()
+            recorded = _Recorded(stack.enter_context(Whereabouts(guest, 1)))
+            follower = _follower(recorded, setup, arm, memory)
+            planned = time.monotonic() - began
+        agrees = float(np.corrcoef(_ranks(memory.heat), _ranks(weights))[0, 1]) if watched else 0.0
+        if arm == BALANCING:
+            _BALANCING.write_text("1")
+        os.sched_setaffinity(target.pid, {1})
+        if setup.beside:
+            os.sched_setaffinity(0, {1})
+        target.ask("g")
+        began = time.monotonic()
+        sampler = _Sampler(target, setup, weights, began)
+        sampler.look()
+        sampler.start()
+        batches: list[tuple[float, int, float]] = []
+        local: list[float] = []
+        if recorded is not None:
+            recorded.began = began
+            while follower.step() and time.monotonic() < began + setup.most:
+                pass
+            batches = recorded.batches
+            overhead = float(np.median(recorded.overheads))
+            local = np.cumsum([weights[came].sum() for came in recorded.came]).tolist()
+        elif arm == MIGRATE:
+            migrate_pages(target.pid, 0, 1)
+            batches = [(time.monotonic() - began, setup.pages, time.monotonic() - began)]
+        elif arm == BALANCING:
+            while time.monotonic() < began + setup.most and sampler.shares[-1] < 0.95:
+                time.sleep(_PERIOD_S)
+        elif guest is not None:
+            batches = _to_and_fro(guest, setup, weights, began)
+        sampler.ended.set()
+        sampler.join()
+        sampler.look()
+        gap = target.ask("e")[1] / 1e9
+        after = target.rate()
+        wrong = target.ask("v")[0]
     return Outcome(
         arm,
         sampler.at,
@@ -253,6 +258,7 @@ def run(setup: Setup, arm: str, weights: NDArray[np.float64]) -> Outcome:
         wrong,
         watched,
         agrees,
+        planned,
         overhead,
     )
 

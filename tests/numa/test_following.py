@@ -15,7 +15,7 @@ from outboard.errors import NotFoundError, RefusedError
 from outboard.linux import numa
 from outboard.numa.following import Follower, Progress
 from outboard.numa.moving import Limits, Mover, Pace, Rests
-from outboard.numa.policies import POLICIES, Memory, Policy
+from outboard.numa.policies import ABSENT, POLICIES, UNKNOWN, Memory, Policy
 from outboard.numa.warmth import watch
 from outboard.numa.whereabouts import Whereabouts, _most, free_of, unit_of
 from tests.support.process_guest import guest_of
@@ -41,16 +41,23 @@ class Model:
         self.node, self.clock, self.each = node.copy(), clock, each
         self.refuse: dict[int, tuple[int, int]] = {}
         self.calls: list[tuple[list[int], int]] = []
+        self.asked: list[list[int]] = []
+        self.probes = 0
         self.room = node.size
         self.before = 0.0
 
     def overhead(self) -> float:
+        self.probes += 1
         self.clock.now += self.before
         return self.before
 
+    def nodes(self, units: NDArray[np.int64]) -> NDArray[np.int16]:
+        self.asked.append(units.tolist())
+        return np.asarray(self.node[units])
+
     def move(self, units: NDArray[np.int64], node: int) -> tuple[NDArray[np.int32], float]:
         self.calls.append((units.tolist(), node))
-        self.clock.now += self.each * units.size
+        self.clock.now += self.each * units.size + self.before
         status: NDArray[np.int32] = np.full(units.size, node, dtype=np.int32)
         for row, unit in enumerate(units.tolist()):
             code, times = self.refuse.get(unit, (0, 0))
@@ -74,6 +81,10 @@ def follow(
     while follower.step():
         pass
     return follower, follower.progress()
+
+
+def unknown(memory: Memory) -> Memory:
+    return memory._replace(node=np.full(memory.node.size, UNKNOWN, dtype=np.int16))
 
 
 def memory_of(units: int, seed: int = 1) -> Memory:
@@ -101,6 +112,62 @@ def test_what_each_call_takes_does_not_make_batches_small() -> None:
     assert told.overhead == 0.05
     assert told.moved == 20_000
     assert told.batches < 100
+    assert told.longest > 0.05
+    assert told.stall <= 0.02
+
+
+def test_a_call_whose_overhead_has_grown_does_not_make_batches_small() -> None:
+    memory = memory_of(40_000)
+    model = Model(memory.node, Clock())
+    mover = Mover(POLICIES["hottest-first"], 1, Limits(), 40_000)
+    pace = Pace(0.02, 64, 4096)
+    follower = Follower(model, memory, mover, pace, Rests(40_000, 60), model.clock, model.clock.sleep)
+    sizes = []
+    for number in range(40):
+        # As where the processors are taken by others for a while.
+        model.before = 0.08 if 10 <= number < 30 else 0.001
+        follower.step()
+        sizes.append(pace.batch)
+    assert min(sizes[9:]) >= 0.9 * sizes[9]
+    assert sizes[-1] == pytest.approx(0.4 * 0.02 / 30e-6, abs=2)
+    assert model.probes < 20
+    assert follower.progress().stall <= 0.02
+
+
+def test_nothing_is_asked_about_before_its_turn() -> None:
+    memory = memory_of(5000)
+    model = Model(memory.node, Clock())
+    mover = Mover(POLICIES["hottest-first"], 1, Limits(), 5000)
+    follower = Follower(
+        model, unknown(memory), mover, Pace(0.02, 64, 4096), Rests(5000, 60), model.clock, model.clock.sleep
+    )
+    assert not model.asked
+    follower.step()
+    assert model.asked == [model.calls[0][0]] == [np.argsort(-memory.heat, kind="stable")[:64].tolist()]
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_what_is_not_known_is_asked_and_moves_as_if_it_were(name: str) -> None:
+    moved = []
+    for hidden in (False, True):
+        memory = memory_of(3000)
+        memory.node[np.random.default_rng(2).permutation(3000)[:1500]] = 1
+        memory.node[100:200] = ABSENT
+        model = Model(memory.node, Clock())
+        _, told = follow(model, unknown(memory) if hidden else memory, POLICIES[name], 2000)
+        moved.append(([unit for units, _ in model.calls for unit in units], told.moved, told.to_come, told.local))
+    assert moved[0] == moved[1]
+    assert moved[0][1] > 0
+
+
+def test_where_all_is_there_already_it_is_asked_about_in_few_calls() -> None:
+    memory = memory_of(50_000)
+    memory.node[:] = 1
+    model = Model(memory.node, Clock())
+    _, told = follow(model, unknown(memory), POLICIES["hottest-first"], free=0)
+    assert not model.calls
+    assert len(model.asked) < 15
+    assert (told.moved, told.to_come, told.local) == (0, 0, 1.0)
 
 
 def test_the_hottest_come_first() -> None:
@@ -184,9 +251,9 @@ def test_a_real_process_is_where_it_is_and_keeps_its_content() -> None:
         with Whereabouts(guest, 1) as where:
             with pytest.raises(RefusedError, match="traced already"):
                 Whereabouts(guest, 1)
-            assert where.map_all() >= 0
             nodes = where.nodes()
             assert (nodes >= 0).all(), "what the trace unmapped is mapped again"
+            assert (where.nodes(np.array([5, 3])) == nodes[[5, 3]]).all()
             assert where.overhead() > 0
             status, took = where.move(np.arange(64), int(nodes[0]))
             assert (status == nodes[0]).all()
@@ -203,7 +270,6 @@ def test_what_was_never_written_is_nowhere_and_stays_so() -> None:
     with Target(mebibytes=1) as target, guest_of(target) as guest:
         guest.memory.punch(10, 20)
         with Whereabouts(guest, 1) as where:
-            where.map_all()
             nodes = where.nodes()
             assert np.flatnonzero(nodes == -1).tolist() == list(range(10, 30))
             assert where.move(np.array([10]), 0)[0].tolist() in ([-errno.ENOENT], [-errno.EFAULT])

@@ -28,8 +28,9 @@ def test_what_moved_back_and_forth_rests_the_longer_the_oftener() -> None:
 
 
 def test_a_batch_is_as_large_as_the_stall_permits() -> None:
-    pace = Pace(longest=0.020, batch=64, most=4096)
+    pace = Pace(longest=0.025, batch=64, most=4096)
     assert pace.took(64, 0.040) == 16
+    assert pace.took(16, 0.0) == 16, "it took no longer than what moves nothing"
     assert [pace.took(16, 0.0001), pace.took(25, 0.0001)] == [25, 38]
     for _ in range(40):
         pace.took(pace.batch, pace.batch * 10e-6)

@@ -18,7 +18,7 @@ from outboard.linux.numa import node_of_thread
 from outboard.numa import rivals
 from outboard.numa.following import Follower, Progress
 from outboard.numa.moving import Limits, Mover, Pace, Rests
-from outboard.numa.policies import ABSENT, POLICIES, Memory, local_share, order_of
+from outboard.numa.policies import ABSENT, POLICIES, UNKNOWN, Memory, local_share, order_of
 from outboard.numa.warmth import watch
 from outboard.numa.whereabouts import Whereabouts, free_of, unit_of
 from outboard.vmm.guest import Guest
@@ -88,7 +88,7 @@ def seen(guest: Guest, per: int, seconds: float, *, writes: bool = False) -> Mem
     if seconds > 0:
         return watch(guest, per, seconds, writes=writes)
     cold = np.zeros(-(-guest.pages // per))
-    return Memory(cold, cold.copy(), np.full(cold.size, ABSENT, dtype=np.int16))
+    return Memory(cold, cold.copy(), np.full(cold.size, UNKNOWN, dtype=np.int16))
 
 
 watch_option = click.option(
@@ -114,10 +114,9 @@ def show(vm: str | None, qmp: Path | None, pid: int | None, seconds: float, outp
         per = unit_of(guest)
         memory = seen(guest, per, seconds)
         with Whereabouts(guest, per) as where:
-            if seconds:
-                # What the trace has unmapped.
-                where.map_all()
-            found = where_is(guest, memory._replace(node=where.nodes()), where.unit_bytes, seconds)
+            # What the trace has unmapped is mapped again; else all is told as it is.
+            memory = memory._replace(node=where.nodes(mapping=seconds > 0))
+            found = where_is(guest, memory, where.unit_bytes, seconds)
     if output == "json":
         print_json(found)
         return
@@ -151,7 +150,7 @@ def _words(told: Progress, unit: int) -> str:
     made = f", {size_text(told.left * unit)} left to make room" if told.left else ""
     return (
         f"{told.seconds:6.1f} s  {told.local:6.1%} of the accesses local, {size_text(told.moved * unit)} moved, "
-        f"{size_text(told.to_come * unit)} to come{made}{stayed}; longest batch {told.longest * 1e3:.1f} ms"
+        f"{size_text(told.to_come * unit)} to come{made}{stayed}; longest stall {told.stall * 1e3:.1f} ms"
     )
 
 
@@ -200,20 +199,19 @@ def move(
             raise UsageError(f"--policy {name} needs to know what is hot; give --watch more than 0 seconds")
         memory = seen(guest, per, seconds, writes=policy.order == "writes")
         with Whereabouts(guest, per) as where:
-            where.map_all()
-            memory = memory._replace(node=where.nodes())
             unit = where.unit_bytes
-            calm: np.ndarray[tuple[int], np.dtype[np.bool_]] = np.zeros(memory.node.size, dtype=np.bool_)
-            order, hot = order_of(policy, memory, node, calm)
-            if output == "table":
-                click.echo(
+            for words in rivals.warnings(paused=pause_balancing):
+                click.echo(f"warning: {words}", err=True)
+            if dry_run:
+                # Of all of it, which a move asks about as it goes.
+                memory = memory._replace(node=where.nodes())
+                order, hot = order_of(policy, memory, node, np.zeros(memory.node.size, dtype=np.bool_))
+                words = (
                     f"{guest.name}: {size_text(order.size * unit)} not on node {node}, "
                     f"{size_text(hot * unit)} of it {'hot' if policy.order != 'address' else 'in order'}; "
                     f"{size_text(free)} free there; {local_share(memory, node):.1%} of the accesses are local"
                 )
-            for words in rivals.warnings(paused=pause_balancing):
-                click.echo(f"warning: {words}", err=True)
-            if dry_run:
+                click.echo(words, err=output != "table")
                 return
             follower = Follower(
                 where,

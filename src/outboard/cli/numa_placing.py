@@ -69,9 +69,7 @@ def _look(guest: Guest, topology: Topology, seconds: float) -> _Looked:
     per = unit_of(guest)
     memory = seen(guest, per, seconds)
     with Whereabouts(guest, per) as where:
-        if seconds:
-            where.map_all()
-        memory = memory._replace(node=where.nodes())
+        memory = memory._replace(node=where.nodes(mapping=seconds > 0))
         unit = where.unit_bytes
     threads = residents(guest, _BUSY_S)
     return _Looked(guest, threads, vcpus_of(guest.name, threads, working_set(memory, topology, unit)), memory, unit)

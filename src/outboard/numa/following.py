@@ -1,8 +1,9 @@
 """Memory follows its vCPUs to a node: batches as :mod:`outboard.numa.moving` orders them, carried out.
 
-Each batch is one call, and its size follows from how long the last took, so that nobody who touches what is being
-moved waits longer than permitted. What was busy is tried again in the end; what cannot be moved is counted by the
-reason.
+Where a unit is, is asked when its turn has come, as far as nobody knows it: what goes first does not wait until all
+have been asked about. Each batch is one call, and its size follows from how long the last took, so that nobody who
+touches what is being moved waits longer than permitted. What was busy is tried again in the end; what cannot be moved
+is counted by the reason.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outboard.numa.moving import Mover, Pace, Rests
-from outboard.numa.policies import Memory, local_share
+from outboard.numa.policies import ABSENT, UNKNOWN, Memory, local_share
 
 _TRIES = 3
-_PROBE, _PROBES = 8, 5
-"""Batches after which the overhead of a call is measured again, and how many of these count."""
+_PROBES, _PROBING = 5, 0.01
+"""How many measurements of a call's overhead are told of, and the part of the time that they may take when all is
+well."""
+_MOST_ASKED = 1 << 16
+"""Units to ask about at once."""
 _AGAIN = (-errno.EBUSY, -errno.EAGAIN)
 _WHY = {
     -errno.EBUSY: "in use by the kernel",
@@ -45,13 +49,17 @@ class Units(Protocol):
         """Seconds that a call takes which moves nothing, and in which nobody waits."""
         ...
 
+    def nodes(self, units: NDArray[np.int64]) -> NDArray[np.int16]:
+        """The node of each, which can be moved from there now; ABSENT for those that are on none."""
+        ...
+
 
 class Progress(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.numa-move.v1"):
-    """After ``seconds``: units that have come to the node and left it, and that are still to come.
+    """After ``seconds``: units that have come to the node and left it, and that are still to come or to be asked about.
 
-    ``local``: the part of the accesses that are to memory on the node; ``longest``: the longest call, in seconds, of
-    which ``overhead``, in the median of late, is spent before anything is moved. ``stayed``: units that could not be
-    moved, by reason.
+    ``local``: the part of the accesses that are to memory known to be on the node; ``longest``: the longest call, in
+    seconds, of which ``overhead``, in the median of late, is spent before anything is moved; ``stall``: the longest
+    without what is spent before, as far as that was measured. ``stayed``: units that could not be moved, by reason.
     """
 
     seconds: float
@@ -62,13 +70,14 @@ class Progress(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.nu
     batches: int
     longest: float
     overhead: float
+    stall: float
     stayed: dict[str, int] = {}
 
 
 class Follower:
     """One guest's way to a node, carried out.
 
-    :param memory: what is known of it; its ``node`` is kept as units move.
+    :param memory: what is known of it; its ``node`` is kept as units are asked about and move.
     :param clock: seconds; :param sleep: until there is something to do again.
 
     Synchronization: one thread.
@@ -89,10 +98,40 @@ class Follower:
         self.memory = memory
         self._began = clock()
         self._moved = self._left = self._batches = self._tries = 0
-        self._longest = 0.0
+        self._longest = self._stall = self._overhead = 0.0
         self._overheads: deque[float] = deque(maxlen=_PROBES)
+        self._measured = -np.inf
         self._status: NDArray[np.int32] = np.zeros(memory.node.size, dtype=np.int32)
+        if mover.policy.until or mover.policy.room:
+            # What it does first depends on where all of them are.
+            unknown = np.flatnonzero(memory.node == UNKNOWN)
+            memory.node[unknown] = units.nodes(unknown)
         mover.plan(memory, rests.resting(self._began))
+
+    def _ask(self) -> None:
+        """Ask about the units of the next batch; those that need not move are passed over."""
+        most = self._pace.batch
+        while True:
+            ahead = self._mover.ahead(most)
+            unknown = ahead[self.memory.node[ahead] == UNKNOWN]
+            if not unknown.size:
+                return
+            self.memory.node[unknown] = self._units.nodes(unknown)
+            found = self.memory.node[ahead]
+            needless = (found == self._mover.to) | (found == ABSENT)
+            self._mover.skip(ahead, needless)
+            if needless.all():
+                most = max(most, min(2 * most, _MOST_ASKED))
+
+    def _beside(self, took: float) -> float:
+        """Of a call that took so many seconds, those in which nobody waited. Measured again where it cannot be as it
+        was: the call was shorter than that, or far too long; else seldom."""
+        now = self._clock()
+        seldom = now >= self._measured + self._overhead / _PROBING
+        if seldom or not self._overhead < took <= self._overhead + self._pace.longest:
+            self._overheads.append(self._units.overhead())
+            self._overhead, self._measured = min(took, self._overheads[-1]), now
+        return self._overhead
 
     def _shift(self, units: NDArray[np.int64], node: int) -> int:
         """Move units, in calls as large as the pace permits; how many have moved."""
@@ -101,11 +140,10 @@ class Follower:
             part = units[at : at + self._pace.batch]
             at += part.size
             status, took = self._units.move(part, node)
-            if self._batches % _PROBE == 0:
-                self._overheads.append(self._units.overhead())
-            self._pace.took(part.size, took - statistics.median(self._overheads))
+            waited = took - self._beside(took)
+            self._pace.took(part.size, waited)
             self._batches += 1
-            self._longest = max(self._longest, took)
+            self._longest, self._stall = max(self._longest, took), max(self._stall, waited)
             self._status[part] = np.minimum(status, 0)
             there = part[status == node]
             self._rests.moved(there, self.memory.node[there], node, self._clock())
@@ -129,6 +167,7 @@ class Follower:
         :raise KernelError: the process has ended, or the node may not be used.
         """
         self._mover.limits = msgspec.structs.replace(self._mover.limits, batch=max(1, self._pace.batch))
+        self._ask()
         batch = self._mover.next(self._clock())
         if batch is None:
             return self._once_more()
@@ -164,5 +203,6 @@ class Follower:
             self._batches,
             self._longest,
             statistics.median(self._overheads) if self._overheads else 0.0,
+            self._stall,
             stayed,
         )

@@ -16,6 +16,8 @@ from outboard.numa.policies import ABSENT, Memory, Policy, order_of
 _HOTTER = 2.0
 """How many times hotter a unit must be than the one that makes room for it."""
 _MOST_RETURNS = 10
+_AIM = 0.4
+"""The part of the longest permitted stall that a batch is to take."""
 
 
 class Batch(NamedTuple):
@@ -68,8 +70,18 @@ class Mover:
 
     @property
     def left(self) -> int:
-        """Units that are still to be moved."""
+        """Units that are still to be moved, or asked about."""
         return self._order.size - self._at
+
+    def ahead(self, most: int) -> NDArray[np.int64]:
+        """The units that are next, at most so many of them."""
+        end = self._hot if self._at < self._hot else self._order.size
+        return self._order[self._at : min(end, self._at + most)]
+
+    def skip(self, units: NDArray[np.int64], needless: NDArray[np.bool_]) -> None:
+        """Of the ``units`` that are next, those that ``needless`` marks need not move after all."""
+        end, self._at = self._at + units.size, self._at + int(np.count_nonzero(needless))
+        self._order[self._at : end] = units[~needless]
 
     def _leave(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of ``wanted`` those that there is room for, and the colder ones that make it."""
@@ -137,7 +149,8 @@ class Rests:
 class Pace:
     """How many units a batch may have so that none of its accesses waits longer than ``longest`` seconds.
 
-    Aims at half of it, grows by half a batch at most, and shrinks at once, to ``least`` at the least.
+    Aims at two fifths of it, since one batch may take twice as long as the next; grows by half a batch at most, and
+    shrinks at once, to ``least`` at the least.
 
     Synchronization: none.
     """
@@ -146,8 +159,11 @@ class Pace:
         self.longest, self.batch, self.most, self.least = longest, batch, most, least
 
     def took(self, units: int, seconds: float) -> int:
-        """Note how long a batch took, beside what a call of any size takes; the size of the next."""
-        if units > 0:
-            fitting = int(units * self.longest / 2 / seconds) if seconds > 0 else self.most
+        """Note how long a batch took, beside what a call of any size takes; the size of the next.
+
+        One that took no longer than any call teaches nothing.
+        """
+        if units > 0 and seconds > 0:
+            fitting = int(units * self.longest * _AIM / seconds)
             self.batch = max(self.least, min(fitting, self.batch + self.batch // 2 + 1, self.most))
         return self.batch

@@ -12,8 +12,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-ABSENT = -1
-"""The node of a unit that is on none: never touched, or in a store. It is left alone."""
+ABSENT, UNKNOWN = -1, -2
+"""The node of a unit that is on none: never touched, or in a store. It is left alone. And of one that has not been
+asked about yet: it may have to move."""
 _BREAK_HEAT, _BREAK_SIZE = 0.95, 1 / 8
 
 
@@ -100,22 +101,25 @@ def local_share(memory: Memory, node: int) -> float:
 
 def order_of(policy: Policy, memory: Memory, to: int, resting: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
     """The units to move, first one first, and how many of them are no tail."""
-    total = float(memory.heat.sum())
-    moving = np.flatnonzero((memory.node != to) & (memory.node != ABSENT) & ~resting)
+    moves = (memory.node != to) & (memory.node != ABSENT) & ~resting
     if policy.order == "address":
+        moving = np.flatnonzero(moves)
         return moving, moving.size
-    hottest = np.argsort(-memory.heat, kind="stable")
+    # Most of a guest is cold, and needs no sorting.
+    warm = np.flatnonzero(memory.heat > 0)
+    hottest = warm[np.argsort(-memory.heat[warm], kind="stable")]
     share = np.cumsum(memory.heat[hottest])
     # Those before which less than the hot set's share has been reached: the one that completes it belongs to it.
-    hot = np.zeros(memory.heat.size, dtype=np.bool_)
-    hot[hottest] = (share - memory.heat[hottest] < policy.hot * total) & (memory.heat[hottest] > 0)
-    calm = np.ones(memory.heat.size, dtype=np.bool_) if memory.urgent is None else ~memory.urgent
-    keys: list[NDArray[np.generic]] = [moving, -memory.heat[moving]]
+    most = int(np.count_nonzero(share - memory.heat[hottest] < policy.hot * memory.heat.sum()))
+    parts = [hottest[:most], np.concatenate((hottest[most:], np.flatnonzero(memory.heat <= 0)))]
     if policy.order == "writes":
-        keys.append(-memory.writes[moving])
-    keys += [~hot[moving], calm[moving]]
-    ordered = moving[np.lexsort(keys)]
-    return ordered, int(np.count_nonzero(hot[moving] | ~calm[moving]))
+        parts = [part[np.argsort(-memory.writes[part], kind="stable")] for part in parts]
+    hot, rest = (part[moves[part]] for part in parts)
+    if memory.urgent is None:
+        return np.concatenate((hot, rest)), hot.size
+    urgent = [part[memory.urgent[part]] for part in (hot, rest)]
+    calm = [part[~memory.urgent[part]] for part in (hot, rest)]
+    return np.concatenate(urgent + calm), sum(part.size for part in (*urgent, calm[0]))
 
 
 def worth_breaking(heat: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -6,9 +6,8 @@ import time
 from itertools import cycle
 
 import numpy as np
-from numpy.typing import NDArray
 
-from outboard.numa.policies import Memory
+from outboard.numa.policies import UNKNOWN, Memory
 from outboard.pages.heat import Heat
 from outboard.trace.touched import TouchTrace
 from outboard.vmm.guest import Guest
@@ -21,7 +20,7 @@ _MOST_PARTS = 64
 
 
 def watch(guest: Guest, per: int, seconds: float, *, writes: bool = False) -> Memory:
-    """Look for so many seconds; no node is known of any unit yet.
+    """Look for so many seconds; the node of each unit is :data:`UNKNOWN` then.
 
     The guest loses up to 10 us for each page that it touches after it was armed.
 
@@ -47,5 +46,4 @@ def watch(guest: Guest, per: int, seconds: float, *, writes: bool = False) -> Me
             if now - began >= seconds:
                 break
     heat = touched.frequencies(now)
-    nowhere: NDArray[np.int16] = np.zeros(heat.size, dtype=np.int16)
-    return Memory(heat, written.frequencies(now), nowhere)
+    return Memory(heat, written.frequencies(now), np.full(heat.size, UNKNOWN, dtype=np.int16))

@@ -1,7 +1,8 @@
 """On which node each unit of a running guest's memory is, and moving units from outside, move_pages(2).
 
-The kernel moves what is in the page tables: a page that has content but is mapped no longer, as after a trace, is
-mapped first, by reading a byte of it. What has no memory, or is in a store, is on no node and stays out of this.
+The kernel moves what is in the page tables, and tells the node of that only: a page that has content but is mapped no
+longer, as after a trace, is mapped first, by reading a byte of it. That is done when its turn has come, so that what
+goes first waits for nothing else. What has no memory, or is in a store, is on no node and stays out of this.
 
 A unit is a page, or 512 of them where memory is in large pages; a large page moves whole when any of its pages does.
 """
@@ -72,6 +73,7 @@ class Whereabouts:
             [region.hva - region.first * PAGE_SIZE for region in guest.regions], dtype=np.int64
         )
         self._node = next((one.number for one in sysfs.nodes() if one.memory), 0)
+        self._content: NDArray[np.bool_] | None = None
         self._pagemap = Pagemap(guest.pid)
         try:
             exclude_others(guest, self._pagemap)
@@ -93,32 +95,30 @@ class Whereabouts:
         pages = self._pages(units)
         return numa.nodes_of_pages(self._guest.pid, self._addresses(pages.reshape(-1))).reshape(pages.shape)
 
-    def nodes(self) -> NDArray[np.int16]:
-        """The node of each unit: where most of it is.
+    def nodes(self, units: NDArray[np.int64] | None = None, *, mapping: bool = True) -> NDArray[np.int16]:
+        """The node of each unit, or of some: where most of it is.
 
+        :param mapping: map first what has content and is not in the page tables; otherwise it counts as on no node.
         :raise KernelError: the process has ended; ENOSYS: the kernel has no NUMA.
         """
-        found: NDArray[np.int16] = np.full(self.units, ABSENT, dtype=np.int16)
+        asked = np.arange(self.units, dtype=np.int64) if units is None else units
+        found: NDArray[np.int16] = np.full(asked.size, ABSENT, dtype=np.int16)
         step = max(1, _AT_ONCE // self._named)
-        for first in range(0, self.units, step):
-            rows = self._asked(np.arange(first, min(self.units, first + step), dtype=np.int64))
-            found[first : first + len(rows)] = _most(rows)
+        for first in range(0, asked.size, step):
+            part = asked[first : first + step]
+            rows = self._asked(part)
+            lacking = np.flatnonzero((rows < 0).any(axis=1)) if mapping else part[:0]
+            if lacking.size and self._map(self._pages(part[lacking])[rows[lacking] < 0]):
+                rows[lacking] = self._asked(part[lacking])
+            found[first : first + step] = _most(rows)
         return found
 
-    def map_all(self) -> int:
-        """Map what has content and is not in the page tables; how many pages that were.
-
-        :raise KernelError: the process has ended.
-        """
-        mask = self._guest.memory.populated().mask()
-        mapped = 0
-        for region in self._guest.regions:
-            for first in range(region.first, region.first + region.pages, _AT_ONCE):
-                count = min(_AT_ONCE, region.first + region.pages - first)
-                entries = self._pagemap.entries(region.hva + (first - region.first) * PAGE_SIZE, count).view(np.int64)
-                lacking = np.flatnonzero((entries >= 0) & mask[first : first + count]) + first
-                mapped += process_vm.touch(self._guest.pid, self._addresses(lacking))
-        return mapped
+    def _map(self, pages: NDArray[np.int64]) -> int:
+        """Map those of some pages that have content; how many these are."""
+        if self._content is None:
+            # What gets content later is mapped by whoever writes it, and no trace takes that away.
+            self._content = self._guest.memory.populated().mask()
+        return process_vm.touch(self._guest.pid, self._addresses(pages[self._content[pages]]))
 
     def move(self, units: NDArray[np.int64], node: int) -> tuple[NDArray[np.int32], float]:
         """Move units to a node; where each is now, or a negated errno, and how long that took.
