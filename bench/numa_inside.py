@@ -218,10 +218,11 @@ def run(setup: Setup, arm: str, weights: NDArray[np.float64]) -> Outcome:
         if setup.beside:
             os.sched_setaffinity(0, {1})
         target.ask("g")
-        began = time.monotonic()
-        sampler = _Sampler(target, setup, weights, began)
+        sampler = _Sampler(target, setup, weights, time.monotonic())
         sampler.look()
-        sampler.start()
+        if recorded is None:
+            sampler.start()
+        began = time.monotonic()
         batches: list[tuple[float, int, float]] = []
         local: list[float] = []
         if recorded is not None:
@@ -240,7 +241,8 @@ def run(setup: Setup, arm: str, weights: NDArray[np.float64]) -> Outcome:
         elif guest is not None:
             batches = _to_and_fro(guest, setup, weights, began)
         sampler.ended.set()
-        sampler.join()
+        if recorded is None:
+            sampler.join()
         sampler.look()
         gap = target.ask("e")[1] / 1e9
         after = target.rate()

@@ -59,7 +59,7 @@ def command(
     words = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35", "-no-reboot"]
     words += ["-smp", f"{nodes},sockets={nodes}", "-m", f"{sum(mebibytes)}M", "-display", "none", "-nodefaults"]
     for node, size in enumerate(mebibytes):
-        words += ["-object", f"memory-backend-memfd,id=m{node},size={size}M,share=on"]
+        words += ["-object", f"memory-backend-memfd,id=m{node},size={size}M,share=on,prealloc=on"]
         words += ["-numa", f"node,nodeid={node},memdev=m{node},cpus={node}"]
     for one in range(nodes):
         for other in range(one):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Iterator
 from itertools import cycle
 
 import numpy as np
@@ -13,10 +15,11 @@ from outboard.trace.touched import TouchTrace
 from outboard.vmm.guest import Guest
 
 _TIMES = (0.002, 0.512, 0.008, 0.128, 0.032)
-"""Seconds that memory is armed: short ones tell the hottest from the hot, long ones the warm from the cold."""
-_ROUND_S = 0.25
-"""What the short times together may take: for those memory is armed part by part."""
-_MOST_PARTS = 64
+"""Seconds that a unit is armed: short ones tell the hottest from the hot, long ones the warm from the cold."""
+_LEAST_S = 0.25
+"""Seconds of a round at the least, so that small guests are not armed again and again."""
+_LEAST, _PARTS, _STOPS = 64, 512, 16
+"""Units that are armed at once at the least; in how many parts memory is armed at most, and where each is a stop."""
 
 
 def watch(guest: Guest, per: int, seconds: float, *, writes: bool = False) -> Memory:
@@ -30,13 +33,10 @@ def watch(guest: Guest, per: int, seconds: float, *, writes: bool = False) -> Me
     with TouchTrace(guest, per, writes=writes) as trace:
         began = now = time.monotonic()
         touched, written = (Heat(guest.pages, max(1.0, seconds), began, per) for _ in range(2))
+        size = max(_LEAST, -(-trace.units // (_STOPS if trace.stops else _PARTS)))
         for armed in cycle(_TIMES):
-            parts = max(1, min(_MOST_PARTS, int(_ROUND_S / armed), trace.units))
-            size = -(-trace.units // parts)
-            for first in range(0, trace.units, size):
-                count = min(size, trace.units - first)
-                trace.arm(first, count)
-                time.sleep(max(0.0, min(armed, began + seconds - time.monotonic())))
+            entered = now
+            for first, count in _in_turn(trace, size, min(armed, seconds)):
                 found = trace.seen(first, count)
                 now = time.monotonic()
                 touched.touch(found.pages, now)
@@ -45,5 +45,24 @@ def watch(guest: Guest, per: int, seconds: float, *, writes: bool = False) -> Me
             # Of all memory alike: a round that has begun is finished.
             if now - began >= seconds:
                 break
+            time.sleep(max(0.0, min(entered + _LEAST_S, began + seconds) - now))
     heat = touched.frequencies(now)
     return Memory(heat, written.frequencies(now), np.full(heat.size, UNKNOWN, dtype=np.int16))
+
+
+def _in_turn(trace: TouchTrace, size: int, armed: float) -> Iterator[tuple[int, int]]:
+    """Arm all memory part by part, and tell the first unit and the size of each part that has been armed for so long.
+
+    Arming takes longer than the shortest times: were all armed and then looked at, what comes first would be armed for
+    longest, and seem hotter than the rest.
+    """
+    waiting: deque[tuple[float, int, int]] = deque()
+    for first in range(0, trace.units, size):
+        while waiting and time.monotonic() >= waiting[0][0]:
+            yield waiting.popleft()[1:]
+        count = min(size, trace.units - first)
+        trace.arm(first, count)
+        waiting.append((time.monotonic() + armed, first, count))
+    for due, first, count in waiting:
+        time.sleep(max(0.0, due - time.monotonic()))
+        yield first, count

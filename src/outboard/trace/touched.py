@@ -50,6 +50,7 @@ class TouchTrace:
 
     :param per: pages that are looked at as one: 512 where memory is in large pages.
     :param writes: tell writes from reads.
+    :ivar stops: arming stops the process for a moment.
     :raise RefusedError: ``traced``: a trace runs already; ``uffd-taken``; ``no-write-trace``: writes cannot be told.
     :raise KernelError: the process has ended; injection or registration failed.
 
@@ -69,6 +70,7 @@ class TouchTrace:
         self._armed: NDArray[np.bool_] = np.zeros(self.units, dtype=np.bool_)
         # The kernel would write the pages to swap, or split the large ones, if they were dropped from outside.
         self._inject = Dontneed(guest, Running(guest.pid)) if per > 1 or proc.meminfo()["SwapTotal"] else None
+        self.stops = self._inject is not None
         self._clamp: Clamp | None = None
         self._process = -1
         self._pagemap = Pagemap(guest.pid)
