@@ -14,11 +14,12 @@ from outboard.pages.heat import Heat
 from outboard.trace.touched import TouchTrace
 from outboard.vmm.guest import Guest
 
-_TIMES = (0.002, 0.512, 0.008, 0.128, 0.032)
-"""Seconds that a unit is armed: short ones tell the hottest from the hot, long ones the warm from the cold."""
+_TIMES = (0.032, 0.002, 0.512, 0.008, 0.128)
+"""Seconds that a unit is armed: short ones tell the hottest from the hot, long ones the warm from the cold. Of a guest
+that is so large that time is left for one of them only, the first one tells most."""
 _LEAST_S = 0.25
 """Seconds of a round at the least, so that small guests are not armed again and again."""
-_LEAST, _PARTS, _STOPS = 64, 512, 16
+_LEAST, _PARTS, _STOPS = 64, 128, 16
 """Units that are armed at once at the least; in how many parts memory is armed at most, and where each is a stop."""
 
 
@@ -33,10 +34,10 @@ def watch(guest: Guest, per: int, seconds: float, *, writes: bool = False) -> Me
     with TouchTrace(guest, per, writes=writes) as trace:
         began = now = time.monotonic()
         touched, written = (Heat(guest.pages, max(1.0, seconds), began, per) for _ in range(2))
-        size = max(_LEAST, -(-trace.units // (_STOPS if trace.stops else _PARTS)))
+        least = max(_LEAST, -(-trace.units // (_STOPS if trace.stops else _PARTS)))
         for armed in cycle(_TIMES):
             entered = now
-            for first, count in _in_turn(trace, size, min(armed, seconds)):
+            for first, count in _in_turn(trace, least, min(armed, seconds)):
                 found = trace.seen(first, count)
                 now = time.monotonic()
                 touched.touch(found.pages, now)
@@ -50,19 +51,24 @@ def watch(guest: Guest, per: int, seconds: float, *, writes: bool = False) -> Me
     return Memory(heat, written.frequencies(now), np.full(heat.size, UNKNOWN, dtype=np.int16))
 
 
-def _in_turn(trace: TouchTrace, size: int, armed: float) -> Iterator[tuple[int, int]]:
+def _in_turn(trace: TouchTrace, least: int, armed: float) -> Iterator[tuple[int, int]]:
     """Arm all memory part by part, and tell the first unit and the size of each part that has been armed for so long.
 
     Arming takes longer than the shortest times: were all armed and then looked at, what comes first would be armed for
-    longest, and seem hotter than the rest.
+    longest, and seem hotter than the rest. So a part is as large as can be armed in half of the time.
     """
     waiting: deque[tuple[float, int, int]] = deque()
-    for first in range(0, trace.units, size):
+    first, size = 0, least
+    while first < trace.units:
         while waiting and time.monotonic() >= waiting[0][0]:
             yield waiting.popleft()[1:]
         count = min(size, trace.units - first)
+        began = time.monotonic()
         trace.arm(first, count)
-        waiting.append((time.monotonic() + armed, first, count))
+        now = time.monotonic()
+        waiting.append((now + armed, first, count))
+        first += count
+        size = max(least, int(count * armed / 2 / max(now - began, 1e-6)))
     for due, first, count in waiting:
         time.sleep(max(0.0, due - time.monotonic()))
         yield first, count
