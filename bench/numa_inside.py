@@ -26,18 +26,23 @@ from outboard.numa.whereabouts import Whereabouts, free_of
 from outboard.vmm.guest import Guest
 from outboard.vmm.process import attach_process
 
+from .numa_vm import to_and_fro
+
 MIGRATE, BALANCING, TO_AND_FRO = "migrate_pages", "kernel balancing", "to and fro"
+VM = "a VM, to and fro"
 _BALANCING = Path("/proc/sys/kernel/numa_balancing")
 _PERIOD_S, _SAMPLE = 0.2, 2048
 _HOT = 1000
+_LONGER = 6
+"""How many times as long as another arm a VM's may take."""
 
 
 class Setup(msgspec.Struct):
     """What to do: arms by name, on a target of so many pages that touches them as the file has it.
 
     ``watch``: seconds of looking; ``most``: seconds that an arm may take; ``stall``: seconds of a batch;
-    ``moves``: how often the hottest go to and fro. ``beside``: work on the target's own processor, where it takes turns
-    with it, instead of on the other.
+    ``moves``: how often the hottest go to and fro, and all of the VM that ``vm`` starts. ``beside``: work on the
+    target's own processor, where it takes turns with it, instead of on the other.
     """
 
     arms: list[str]
@@ -50,10 +55,12 @@ class Setup(msgspec.Struct):
     stall: float
     moves: int
     beside: bool = False
+    vm: list[str] = []
 
 
 class Outcome(msgspec.Struct):
-    """Of an arm: the local share at some moments, as sampled, and how many pages had come by then, likewise.
+    """Of an arm: the local share at some moments, as sampled, and how many pages had come by then, likewise. Of the
+    VM's: the share of its memory that was where it should be after each move, and its passes over it in all.
 
     ``batches``: end, pages and seconds of each; ``local``: the true share after each. ``gap``: the longest that the
     target waited for 16 touches, and ``wrong`` words that it found. ``agrees``: how well the watched heat orders pages
@@ -280,6 +287,13 @@ def _to_and_fro(
     return batches
 
 
+def _with_vm(setup: Setup) -> Outcome:
+    """All of a VM's memory goes to and fro."""
+    done = to_and_fro(setup.vm, setup.moves, _LONGER * setup.most, setup.stall)
+    passes = [done.passes] * len(done.at)
+    return Outcome(VM, done.at, done.shares, passes, done.batches, [], 0.0, 0.0, 0.0, done.wrong)
+
+
 def main() -> None:
     """Run the arms, one after the other."""
     setup = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Setup)
@@ -287,7 +301,8 @@ def main() -> None:
     with Path(sys.argv[2]).open("wb") as results:
         for arm in setup.arms:
             print(f"{arm} begins", flush=True)
-            results.write(msgspec.json.encode(run(setup, arm, weights)) + b"\n")
+            outcome = _with_vm(setup) if arm == VM else run(setup, arm, weights)
+            results.write(msgspec.json.encode(outcome) + b"\n")
             results.flush()
 
 
