@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -18,9 +20,9 @@ from outboard.linux.numa import node_of_thread
 from outboard.numa import rivals
 from outboard.numa.following import Follower, Progress
 from outboard.numa.moving import Limits, Mover, Pace, Rests
-from outboard.numa.policies import ABSENT, POLICIES, UNKNOWN, Memory, local_share, order_of
+from outboard.numa.policies import ABSENT, POLICIES, UNKNOWN, Memory, Policy, local_share, only, order_of
 from outboard.numa.warmth import watch
-from outboard.numa.whereabouts import Whereabouts, free_of, unit_of
+from outboard.numa.whereabouts import Whereabouts, backends, free_of, unit_of
 from outboard.vmm.guest import Guest
 
 _BATCH, _LEAST, _MOST_BYTES = 64, 16, 1 << 30
@@ -149,14 +151,47 @@ def _words(told: Progress, unit: int) -> str:
     stayed = "".join(f", {size_text(count * unit)} stayed: {why}" for why, count in told.stayed.items())
     made = f", {size_text(told.left * unit)} left to make room" if told.left else ""
     return (
-        f"{told.seconds:6.1f} s  {told.local:6.1%} of the accesses local, {size_text(told.moved * unit)} moved, "
-        f"{size_text(told.to_come * unit)} to come{made}{stayed}; longest stall {told.stall * 1e3:.1f} ms"
+        f"{told.seconds:6.1f} s  {told.local:6.1%} of the accesses local to node {told.node}, "
+        f"{size_text(told.moved * unit)} moved, {size_text(told.to_come * unit)} to come{made}{stayed}; "
+        f"longest stall {told.stall * 1e3:.1f} ms"
     )
+
+
+class _Nodes(click.ParamType[tuple[int, ...]]):
+    """``1``, or ``0,1``."""
+
+    name = "nodes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", str(value)):
+            self.fail(f"{value!r} names no nodes; write 1, or 0,1", param, ctx)
+        return tuple(int(one) for one in str(value).split(","))
+
+
+def parts(guest: Guest, memory: Memory, per: int, nodes: tuple[int, ...]) -> list[tuple[int, Memory]]:
+    """What goes to each node: all of the memory, or of each backend, which stands for a node of the VM's own.
+
+    :raise UsageError: there are more nodes than one, yet not one for each backend.
+    """
+    found = backends(guest, per)
+    if len(nodes) == 1:
+        if len(found) > 1:
+            words = f"{guest.name} has memory of {len(found)} backends ({', '.join(found)})"
+            click.echo(f"warning: {words}: all of it goes to node {nodes[0]}; --to 0,1 names one for each", err=True)
+        return [(nodes[0], memory)]
+    if len(nodes) != len(found):
+        raise UsageError(
+            f"--to names {len(nodes)} nodes, and the memory of {guest.name} is of {len(found)} backends "
+            f"({', '.join(found)}); name a node for each, or one for all"
+        )
+    return [(node, only(memory, which)) for node, which in zip(nodes, found.values(), strict=True)]
 
 
 @click.command(epilog="Example: outboard numa move web --to 1 --policy hot-set --tail 200MB")
 @memory_options
-@click.option("--to", "node", type=click.IntRange(0, 1023), required=True, help="The node.")
+@click.option("--to", "nodes", type=_Nodes(), required=True, help="The node; 0,1: one for each node of the VM's own.")
 @click.option(
     "--policy",
     "name",
@@ -177,7 +212,7 @@ def move(
     vm: str | None,
     qmp: Path | None,
     pid: int | None,
-    node: int,
+    nodes: tuple[int, ...],
     name: str,
     seconds: float,
     longest_stall: float,
@@ -192,7 +227,8 @@ def move(
     stays where it is; nothing is lost. The share of local accesses is of those that were seen before.
     """
     policy = POLICIES[name]
-    free = free_of(node)
+    for node in nodes:
+        free_of(node)
     with open_memory(vm, qmp, pid) as guest:
         per = unit_of(guest)
         if policy.order != "address" and not seconds:
@@ -204,31 +240,39 @@ def move(
                 click.echo(f"warning: {words}", err=True)
             if dry_run:
                 # Of all of it, which a move asks about as it goes.
-                memory = memory._replace(node=where.nodes())
-                order, hot = order_of(policy, memory, node, np.zeros(memory.node.size, dtype=np.bool_))
-                words = (
-                    f"{guest.name}: {size_text(order.size * unit)} not on node {node}, "
-                    f"{size_text(hot * unit)} of it {'hot' if policy.order != 'address' else 'in order'}; "
-                    f"{size_text(free)} free there; {local_share(memory, node):.1%} of the accesses are local"
-                )
-                click.echo(words, err=output != "table")
+                for node, part in parts(guest, memory._replace(node=where.nodes()), per, nodes):
+                    click.echo(f"{guest.name}: {_would(policy, part, node, unit)}", err=output != "table")
                 return
-            follower = Follower(
-                where,
-                memory,
-                Mover(policy, node, Limits(_BATCH, max(1.0, tail / unit)), free // unit),
-                Pace(longest_stall, max(1, _BATCH // per), max(1, _MOST_BYTES // unit), max(1, _LEAST // per)),
-                Rests(memory.node.size, _RETURN_S),
-                time.monotonic,
-                time.sleep,
-            )
-            told = time.monotonic()
             with rivals.balancing_paused() if pause_balancing else nullcontext():
-                while follower.step():
-                    if time.monotonic() - told >= _TELL_S:
-                        told = time.monotonic()
-                        _tell(follower.progress(), unit, output, end="\r" if sys.stdout.isatty() else "\n")
-            _tell(follower.progress(), unit, output, end="\n")
+                for node, part in parts(guest, memory, per, nodes):
+                    follower = Follower(
+                        where,
+                        part,
+                        Mover(policy, node, Limits(_BATCH, max(1.0, tail / unit)), free_of(node) // unit),
+                        Pace(longest_stall, max(1, _BATCH // per), max(1, _MOST_BYTES // unit), max(1, _LEAST // per)),
+                        Rests(where.units, _RETURN_S),
+                        time.monotonic,
+                        time.sleep,
+                    )
+                    _carry_out(follower, unit, output)
+
+
+def _would(policy: Policy, memory: Memory, node: int, unit: int) -> str:
+    order, hot = order_of(policy, memory, node, np.zeros(memory.node.size, dtype=np.bool_))
+    return (
+        f"{size_text(order.size * unit)} not on node {node}, {size_text(hot * unit)} of it "
+        f"{'hot' if policy.order != 'address' else 'in order'}; {size_text(free_of(node))} free there; "
+        f"{local_share(memory, node):.1%} of the accesses are local"
+    )
+
+
+def _carry_out(follower: Follower, unit: int, output: str) -> None:
+    told = time.monotonic()
+    while follower.step():
+        if time.monotonic() - told >= _TELL_S:
+            told = time.monotonic()
+            _tell(follower.progress(), unit, output, end="\r" if sys.stdout.isatty() else "\n")
+    _tell(follower.progress(), unit, output, end="\n")
 
 
 def _tell(progress: Progress, unit: int, output: str, end: str) -> None:

@@ -55,13 +55,14 @@ class Units(Protocol):
 
 
 class Progress(msgspec.Struct, frozen=True, tag_field="schema", tag="outboard.numa-move.v1"):
-    """After ``seconds``: units that have come to the node and left it, and that are still to come or to be asked about.
+    """After ``seconds``: units that have come to ``node`` and left it, and that are still to come or to be asked about.
 
     ``local``: the part of the accesses that are to memory known to be on the node; ``longest``: the longest call, in
     seconds, of which ``overhead``, in the median of late, is spent before anything is moved; ``stall``: the longest
     without what is spent before, as far as that was measured. ``stayed``: units that could not be moved, by reason.
     """
 
+    node: int
     seconds: float
     moved: int
     left: int
@@ -195,6 +196,7 @@ class Follower:
             why = _WHY.get(int(status), errno.errorcode.get(-int(status), str(int(status))))
             stayed[why] = stayed.get(why, 0) + int(count)
         return Progress(
+            self._mover.to,
             self._clock() - self._began,
             self._moved,
             self._left,

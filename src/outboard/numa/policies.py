@@ -93,6 +93,16 @@ class Memory(NamedTuple):
     urgent: NDArray[np.bool_] | None = None
 
 
+def only(memory: Memory, which: NDArray[np.bool_]) -> Memory:
+    """What is known of some units; of the others nothing is, and they stay where they are."""
+    return Memory(
+        np.where(which, memory.heat, 0.0),
+        np.where(which, memory.writes, 0.0),
+        np.where(which, memory.node, ABSENT).astype(np.int16),
+        None if memory.urgent is None else memory.urgent & which,
+    )
+
+
 def local_share(memory: Memory, node: int) -> float:
     """The part of the accesses that are to memory on a node; 1 where there are none."""
     total = float(memory.heat.sum())

@@ -53,6 +53,20 @@ def free_of(node: int) -> int:
     raise NotFoundError(f"this host has no node {node} with memory: it has {have}; outboard numa topology shows them")
 
 
+def backends(guest: Guest, per: int) -> dict[str, NDArray[np.bool_]]:
+    """Which units are of each memory backend of a guest, in the order of the guest's addresses.
+
+    A VM of several nodes of its own has a backend for each, and QEMU lays them out in the order of the nodes.
+    """
+    firsts = np.minimum(np.arange(0, guest.pages, per), guest.pages - 1)
+    starts = np.array([region.first for region in guest.regions])
+    region = np.searchsorted(starts, firsts, side="right") - 1
+    found: dict[str, NDArray[np.bool_]] = {}
+    for number, one in enumerate(guest.regions):
+        found[one.memdev] = found.get(one.memdev, False) | (region == number)
+    return found
+
+
 class Whereabouts:
     """The memory of a guest, by unit; nobody may trace its accesses meanwhile.
 
