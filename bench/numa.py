@@ -41,7 +41,7 @@ _SHARE = 0.9
 _LENGTH = 1 << 22
 _PROCESSOR = "generic"
 """What compiled loops are compiled for: the guest's processor has fewer instructions than this one."""
-_COLOURS = ("#1f6feb", "#1a7f37", "#8250df", "#bc4c00", "#cf222e", "#6e7781", "#0a7ea4", "#9a6700")
+_COLOURS = ("#1f6feb", "#1a7f37", "#8250df", "#bc4c00", "#cf222e", "#6e7781", "#0a7ea4", "#bf3989")
 _LEFT, _TOP, _WIDTH, _HEIGHT = 60, 46, 620, 300
 
 

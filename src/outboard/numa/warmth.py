@@ -14,7 +14,7 @@ from outboard.pages.heat import Heat
 from outboard.trace.touched import TouchTrace
 from outboard.vmm.guest import Guest
 
-_TIMES = (0.032, 0.002, 0.512, 0.008, 0.128)
+_TIMES = (0.032, 0.128, 0.008, 0.512, 0.002)
 """Seconds that a unit is armed: short ones tell the hottest from the hot, long ones the warm from the cold. Of a guest
 that is so large that time is left for one of them only, the first one tells most."""
 _LEAST_S = 0.25
