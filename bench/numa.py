@@ -33,7 +33,7 @@ from outboard.numa.policies import POLICIES
 
 from . import numa_vm
 from .claims import Claim, claim, publish
-from .numa_inside import BALANCING, MIGRATE, TO_AND_FRO, VM, Outcome, Setup
+from .numa_inside import BALANCING, LONGER, MIGRATE, TO_AND_FRO, VM, Outcome, Setup
 
 ROOT = Path(__file__).parents[1]
 _NODES = (896, 640)
@@ -243,7 +243,7 @@ def main(
             setup = Setup(chosen, program, sequence, weights, mib << 8, watch, most, 0.020, moves, beside, vm)
             script = prepare(directory, setup, zipf)
             console_log = directory / "console"
-            seconds = 600 + len(chosen) * 3 * most
+            seconds = 600 + (len(chosen) * 3 + LONGER * (VM in chosen)) * most
             try:
                 run(image, script, directory / "results", console_log, _NODES, seconds)
             except subprocess.TimeoutExpired:

@@ -33,7 +33,7 @@ VM = "a VM, to and fro"
 _BALANCING = Path("/proc/sys/kernel/numa_balancing")
 _PERIOD_S, _SAMPLE = 0.2, 2048
 _HOT = 1000
-_LONGER = 6
+LONGER = 15
 """How many times as long as another arm a VM's may take."""
 
 
@@ -289,7 +289,7 @@ def _to_and_fro(
 
 def _with_vm(setup: Setup) -> Outcome:
     """All of a VM's memory goes to and fro."""
-    done = to_and_fro(setup.vm, setup.moves, _LONGER * setup.most, setup.stall)
+    done = to_and_fro(setup.vm, setup.moves, LONGER * setup.most, setup.stall)
     passes = [done.passes] * len(done.at)
     return Outcome(VM, done.at, done.shares, passes, done.batches, [], 0.0, 0.0, 0.0, done.wrong)
 

@@ -118,7 +118,8 @@ def to_and_fro(command: list[str], moves: int, most: float, stall: float) -> Car
         with attach_process(vm.pid) as guest, Whereabouts(guest, 1) as where:
             cold, pace = np.zeros(guest.pages), Pace(stall, 64, 65536, 16)
             while len(found.at) < moves and time.monotonic() < began + most:
-                node = (len(found.at) + 1) % 2
+                # It has begun on the second node.
+                node = len(found.at) % 2
                 memory = Memory(cold, cold, np.full(guest.pages, UNKNOWN, dtype=np.int16))
                 mover = Mover(POLICIES["address"], node, Limits(64), free_of(node) // 4096)
                 rests = Rests(guest.pages, 0)
