@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 
+from bench import numa_vm
 from bench.numa import claims_of, svg
 from bench.numa_inside import BALANCING, MIGRATE, TO_AND_FRO, VM, Outcome, _ranks
 
@@ -70,3 +73,17 @@ def test_the_picture_has_a_line_for_each_arm() -> None:
 def test_ranks_of_equal_values_are_equal() -> None:
     assert np.argsort(_ranks(np.array([3.0, 1.0, 2.0]))).tolist() == [1, 2, 0]
     assert len(set(_ranks(np.array([5.0, 5.0, 5.0])).tolist())) == 1
+
+
+def test_passes_of_the_vm_are_counted_from_what_its_console_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(numa_vm, "_CONSOLE", tmp_path / "console")
+    monkeypatch.setattr(numa_vm, "_BOOT_S", 0.0)
+    with numa_vm._Verifier(["sleep", "60"]) as vm:
+        assert vm.told() == (0, 0)
+        with pytest.raises(SystemExit, match="has not verified its memory"):
+            vm.wait(1)
+        numa_vm._CONSOLE.write_text("booting\nok 6144\nok 6144\nbad 2 first=7 checksum\nok 61")
+        assert vm.told() == (3, 1), "the first line tells of the start"
+        vm.wait(3)
