@@ -210,7 +210,7 @@ def claims_of(runs: list[list[Outcome]], moves: int) -> list[Claim]:
 @click.option("--runs", type=click.IntRange(1, 20), default=1, show_default=True, help="Boots of the host.")
 @click.option("--mib", type=click.IntRange(8, 256), default=256, show_default=True, help="What the target touches.")
 @click.option("--zipf", type=click.FloatRange(0.1, 3), default=1.1, show_default=True, help="Exponent of its accesses.")
-@click.option("--watch", type=click.FloatRange(0.5, 60), default=8.0, show_default=True, help="Seconds of looking.")
+@click.option("--watch", type=click.FloatRange(0.5, 60), default=24.0, show_default=True, help="Seconds of looking.")
 @click.option("--most", type=click.FloatRange(1, 300), default=40.0, show_default=True, help="Seconds of an arm.")
 @click.option("--moves", type=click.IntRange(1, 1000), default=100, show_default=True, help="To and fro at the end.")
 @click.option("--beside", is_flag=True, help="Work on the target's processor: where this machine is busy.")
