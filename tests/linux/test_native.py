@@ -25,6 +25,7 @@ def test_bytes_go_out_and_come_in() -> None:
         assert native.pread(fd, back.ctypes.data, 4096, 4096) == 4096
         assert not back.any()
         assert native.pread(fd, back.ctypes.data, 4096, 8192) == 0
+        assert native.posix_fadvise(fd, 0, 4096, native.POSIX_FADV_WILLNEED) == 0
     finally:
         os.close(fd)
 
@@ -35,6 +36,7 @@ def test_a_refusal_is_a_negated_errno() -> None:
     assert native.pread(-1, room.ctypes.data, 64, 0) == -errno.EBADF
     assert native.pwrite(-1, room.ctypes.data, 64, 0) == -errno.EBADF
     assert native.fallocate(-1, 0, 0, 1) == -errno.EBADF
+    assert native.posix_fadvise(-1, 0, 1, native.POSIX_FADV_WILLNEED) == -errno.EBADF
     assert native.ioctl(-1, 1, room.ctypes.data) == -errno.EBADF
     reader, writer = os.pipe()
     try:

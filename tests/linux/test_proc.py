@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -100,3 +102,21 @@ def test_meminfo_is_in_bytes() -> None:
     told = proc.meminfo()
     assert told["MemTotal"] == os.sysconf("SC_PHYS_PAGES") * 4096
     assert 0 < told["MemAvailable"] <= told["MemTotal"]
+
+
+def test_who_waits_for_a_processor_is_counted() -> None:
+    pin, processors = os.sched_setaffinity, os.sched_getaffinity(0)
+    rival = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        one = {min(processors)}
+        pin(rival.pid, one)
+        pin(0, one)
+        before = proc.queued_ns()
+        assert before >= 0
+        deadline = time.monotonic() + 30
+        while proc.queued_ns() == before:
+            assert time.monotonic() < deadline
+    finally:
+        pin(0, processors)
+        rival.kill()
+        rival.wait()

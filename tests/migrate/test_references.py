@@ -19,7 +19,7 @@ from outboard.migrate import references as references_module
 from outboard.migrate.messages import AllSent, Barrier, ImagesSeen
 from outboard.migrate.outbox import Outbox
 from outboard.migrate.receiving import BulkReceiver
-from outboard.migrate.references import ASK_EVERY, Lookup, References
+from outboard.migrate.references import Lookup, References
 from outboard.migrate.sending import BulkSender, Say, Send, decode_done, encode_order
 from outboard.migrate.worker import Worker
 from outboard.pager.arriving import ArrivingMemory
@@ -120,8 +120,7 @@ class Scene:
 @pytest.fixture
 def tireless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking never rests: on a busy machine it would seem not to pay."""
-    monkeypatch.setattr(references_module, "_FEW", 0)
-    monkeypatch.setattr(references_module, "_SLOW", 0)
+    monkeypatch.setattr(references_module, "_AHEAD_NS", 60e9)
 
 
 @pytest.fixture
@@ -183,7 +182,7 @@ def test_a_storage_that_is_another_is_given_up_after_the_first_answer(
         scene.send()
         content = scene.outbox.statistics().content
         assert content.refused_blocks == content.block_pages
-        assert ASK_EVERY <= content.block_pages < ASK_EVERY + 64
+        assert 512 <= content.block_pages < 512 + 64
 
 
 def test_what_is_no_files_page_is_not_looked_for(guest: Guest, image: Path, tmp_path: Path) -> None:
@@ -242,44 +241,137 @@ def test_a_destination_that_asks_for_more_than_there_was_is_not_believed(
             scene.worker.hear(30)
 
 
-def test_looking_rests_where_it_finds_nothing_or_takes_too_long(
-    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(references_module, "_FEW", 1024)
-    monkeypatch.setattr(references_module, "_SLOW", 16384)
+class Clocks:
+    """A wire that a page takes 32 us of, and what looking takes, by the clock and of the processor."""
+
+    def __init__(self, *, waits: bool = False) -> None:
+        self.waits, self.whole_ns, self.ratio = waits, 32_000.0, 0.5
+        self.now = self.used = self.waited = self.sectors = self.sampled = 0
+        self.takes = self.uses = self.queues = self.reads = 0
+
+    def packs_to(self, pages: NDArray[np.uint8]) -> float:
+        assert len(pages)
+        self.sampled += 1
+        return self.ratio
+
+    def clock(self) -> int:
+        return self.now
+
+    def processor(self) -> int:
+        # Asked before looking and after it.
+        self.used += self.uses
+        self.now += self.takes
+        return self.used
+
+    def queued(self) -> int:
+        self.waited += self.queues
+        return self.waited
+
+    def disk_reads(self) -> int:
+        self.sectors += self.reads
+        return self.sectors
+
+
+class Looking:
+    """Looks for batches of 64 pages, each of which is then sent for 2 ms."""
+
+    def __init__(self, references: References, clocks: Clocks) -> None:
+        self.clocks = clocks
+        self.lookup = Lookup(references, clocks.clock, clocks.processor, clocks.queued, clocks.disk_reads)
+
+    def __call__(self, pages: NDArray[np.uint8], batches: int = 1000) -> int:
+        """In how many batches was looked."""
+        looked = 0
+        for _ in range(batches):
+            looked += self.lookup.blocks(pages, np.ones(len(pages), dtype=np.bool_), self.clocks) is not None
+            self.clocks.now += 2_000_000
+        return looked
+
+
+@pytest.fixture
+def agreed(image: Path, tmp_path: Path) -> Iterator[References]:
     references = References([Disk(path=str(image), read_only=True)], tmp_path / "indexes", enabled=True)
     references.make_indexes()
     asked = references.ask()
     with Images([Disk(path=str(image), read_only=True)]) as images:
         references.answered(ImagesSeen([sample(images.files[0], asked.nonce)]))
-    held = np.frombuffer(image.read_bytes(), dtype=np.uint8)[3 * PAGE_SIZE :].reshape(-1, PAGE_SIZE)[:64].copy()
-    every = np.ones(64, dtype=np.bool_)
-    now = [0]
-
-    def clock() -> int:
-        now[0] += 1000
-        return now[0]
-
-    def looks(lookup: Lookup, pages: NDArray[np.uint8], page_ns: float, spare: bool = False) -> int:
-        return sum(lookup.blocks(pages, every, page_ns, spare=spare) is not None for _ in range(64))
-
-    assert looks(Lookup(references, clock, clock), held, 30_000) == 64
-    other = np.random.default_rng(9).integers(0, 256, (64, PAGE_SIZE), dtype=np.uint8)
-    assert looks(Lookup(references, clock, clock), other, 30_000) == 64
-
-    def slow() -> int:
-        now[0] += 64 * 40_000
-        return now[0]
-
-    assert looks(Lookup(references, clock, slow), other, 30_000) == 32
-    assert looks(Lookup(references, clock, slow), other, 30_000, spare=True) == 64
-    sectors = [0]
-
-    def cold() -> int:
-        sectors[0] += 64 * 8
-        return sectors[0]
-
-    assert looks(Lookup(references, slow, clock, cold), held, 30_000) == 16
-    assert looks(Lookup(references, slow, clock, cold), held, 50_000) == 64
-    assert looks(Lookup(references, slow, clock, lambda: 5), held, 30_000) == 64
+    yield references
     references.close()
+
+
+@pytest.fixture
+def held(image: Path) -> NDArray[np.uint8]:
+    return np.frombuffer(image.read_bytes(), dtype=np.uint8)[3 * PAGE_SIZE :].reshape(-1, PAGE_SIZE)[:64].copy()
+
+
+OTHER = np.random.default_rng(9).integers(0, 256, (64, PAGE_SIZE), dtype=np.uint8)
+
+
+@pytest.mark.usefixtures("rests")
+def test_looking_for_what_is_not_there_takes_a_twentieth_of_the_time(agreed: References) -> None:
+    clocks = Clocks()
+    clocks.uses = clocks.takes = 1_000_000
+    # Each costs a millisecond, and earns a tenth of one; at first 20 ms are free.
+    assert Looking(agreed, clocks)(OTHER) in range(115, 135)
+
+
+@pytest.mark.usefixtures("rests")
+def test_looking_goes_on_while_the_processor_has_time_to_spare(agreed: References) -> None:
+    clocks = Clocks(waits=True)
+    clocks.uses = clocks.takes = 1_000_000
+    assert Looking(agreed, clocks)(OTHER) == 1000
+
+
+@pytest.mark.usefixtures("rests")
+def test_what_is_found_pays_for_looking(agreed: References, held: NDArray[np.uint8]) -> None:
+    clocks = Clocks()
+    clocks.uses = clocks.takes = 1_000_000
+    assert Looking(agreed, clocks)(held) == 1000
+    # One in four is enough to know how such pages pack.
+    assert clocks.sampled == 250
+
+
+@pytest.mark.usefixtures("rests")
+def test_a_disk_is_waited_for_where_that_takes_less_than_the_wire(agreed: References, held: NDArray[np.uint8]) -> None:
+    clocks = Clocks(waits=True)
+    clocks.takes, clocks.reads = 900_000, 8
+    looking = Looking(agreed, clocks)
+    assert looking(held) == 1000
+    # What packs well is sent sooner than it is found.
+    clocks.ratio = 0.05
+    assert looking(held) < 300
+    # It is no loss where somebody else has the processor, or nothing is read.
+    clocks.queues = 900_000
+    assert looking(held) > 900
+    clocks.queues = clocks.reads = 0
+    assert looking(held) == 1000
+
+
+@pytest.mark.usefixtures("rests")
+def test_a_disk_that_is_slow_over_there_is_waited_for_once(agreed: References, held: NDArray[np.uint8]) -> None:
+    looking = Looking(agreed, Clocks(waits=True))
+    due = []
+    for _ in range(8):
+        looking(held, 1)
+        due.append(looking.lookup.due)
+    assert due == [False] * 7 + [True]
+    # As long as the pages would have taken the wire: nothing is lost.
+    looking.lookup.asked(0, 512 * 16_000)
+    assert looking(held, 64) == 64
+    assert looking.lookup.due
+    looking.lookup.asked(0, 1_000_000_000)
+    assert looking(held, 100) == 0
+    # A twentieth of the time pays for it.
+    assert looking(held, 10_000) > 0
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch, image: Path) -> None:  # noqa: ARG001  # after what keeps it from resting
+    monkeypatch.setattr(references_module, "_AHEAD_NS", 20_000_000)
+
+
+def test_what_the_guest_stands_still_for_is_not_looked_for() -> None:
+    pause = {ranking.QUEUES, ranking.IN_FLIGHT, ranking.STALE_NOW}
+    assert pause < ranking.NOT_SOUGHT
+    assert ranking.UNCLASSED not in ranking.NOT_SOUGHT
+    assert ranking.QUIET_UPTO not in ranking.NOT_SOUGHT

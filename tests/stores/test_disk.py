@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from outboard.errors import DamagedPageError
+from outboard.linux import native
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import page_digests
 from outboard.stores import disk
@@ -151,3 +153,19 @@ def test_a_disk_that_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path) 
     with Images(disks) as images:
         assert [layer.disk for layer in images.layers] == [1]
         assert [left.reason for left in images.left] == ["image-damaged", "image-missing"]
+
+
+def test_blocks_are_asked_for_ahead_those_side_by_side_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> int:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append((fd, offset // PAGE_SIZE, length // PAGE_SIZE))
+        return 0
+
+    monkeypatch.setattr(native, "posix_fadvise", advise)
+    image = np.array([0, 0, 0, 1, 0, 0, 0, 1, 9], dtype=np.uint16)
+    block = np.array([7, 8, 9, 10, 5, 4, 3, 2, 1], dtype=np.uint64)
+    # The compiled one cannot be watched.
+    disk._ask_ahead.py_func(np.array([30, 31], dtype=np.int32), disk.locators(image, block))
+    assert asked == [(30, 7, 3), (31, 10, 1), (30, 3, 3), (31, 2, 1)]

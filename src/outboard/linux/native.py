@@ -1,4 +1,4 @@
-"""read(2), write(2), poll(2), ioctl(2), pread(2), pwrite(2), lseek(2), fallocate(2), others, for loops numba compiles.
+"""read(2), write(2), poll(2), ioctl(2), pread(2), lseek(2), posix_fadvise(2), others, for loops numba compiles.
 
 A compiled loop calls libc without the interpreter and without the GIL, which is what the fault path and batches of
 scattered pages need. Each function takes plain numbers, addresses included, and answers as the kernel does: a result,
@@ -28,12 +28,14 @@ _pread = _libc("pread", types.int64, types.int32, types.uintp, types.uint64, typ
 _pwrite = _libc("pwrite", types.int64, types.int32, types.uintp, types.uint64, types.int64)
 _lseek = _libc("lseek", types.int64, types.int32, types.int64, types.int32)
 _fallocate = _libc("fallocate", types.int32, types.int32, types.int32, types.int64, types.int64)
+_posix_fadvise = _libc("posix_fadvise", types.int32, types.int32, types.int64, types.int64, types.int32)
 _clock_gettime = _libc("clock_gettime", types.int32, types.int32, types.uintp)
 _ppoll = _libc("ppoll", types.int32, types.uintp, types.uint64, types.uintp, types.uintp)
 # The C library of Debian 12 has no function of its own for it.
 _syscall = _libc("syscall", types.int64, types.int64, types.int64, types.uintp, types.uint64, types.int64, types.uint64)
 
 _CLOCK_MONOTONIC = 1
+POSIX_FADV_WILLNEED = 3
 
 
 @njit(inline="always")
@@ -94,6 +96,13 @@ def lseek(fd: int, offset: int, whence: int) -> int:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     """Take or give back a file's blocks."""
     return _answer(_fallocate(fd, mode, offset, length))
+
+
+@njit("int64(int32, int64, int64, int32)", cache=True, nogil=True)
+def posix_fadvise(fd: int, offset: int, length: int, advice: int) -> int:
+    """Say what is about to be done with a part of a file."""
+    # Of its own accord it answers with an errno.
+    return -_posix_fadvise(fd, offset, length, advice)  # type: ignore[no-any-return]
 
 
 @njit("int64(int32, int64[::1])", cache=True, nogil=True)

@@ -129,6 +129,17 @@ def processor_seconds(pid: int, tid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
+def queued_ns() -> int:
+    """For how long this thread has been ready to run and waited for a processor; 0 where the kernel does not count it.
+
+    Source: Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat.
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_bytes().split()[1])
+    except FileNotFoundError:
+        return 0
+
+
 def parent(pid: int) -> int:
     """The process that started process ``pid``, or adopted it.
 

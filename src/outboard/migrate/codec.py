@@ -135,9 +135,9 @@ class Choice:
         return self.saving_pays or (self.enabled and self._fixed is None and self._wire is None)
 
     @property
-    def page_ns(self) -> float:
-        """What the content of a page takes of the wire now; 0 while that is not known."""
-        return 0.0 if self._wire is None else PAGE_SIZE * self.ratio * 1e9 / self._wire
+    def whole_ns(self) -> float:
+        """What a page takes of the wire as it is; 0 while that is not known."""
+        return 0.0 if self._wire is None else PAGE_SIZE * 1e9 / self._wire
 
     @property
     def packing(self) -> bool:
@@ -148,6 +148,16 @@ class Choice:
     def ratio(self) -> float:
         """What pages with content come to now, as a share of themselves."""
         return min(1.0, self._estimates[self._now].ratio)
+
+    def packs_to(self, pages: NDArray[np.uint8]) -> float:
+        """What these pages would come to now, as a share of themselves; by a few of them.
+
+        :param pages: a row each.
+        """
+        if self._now is NONE:
+            return 1.0
+        sample = pages[_spread(len(pages))].reshape(-1)
+        return min(1.0, len(self._timed(self._now, sample, 0.0)) / sample.size)
 
     def pack(self, content: NDArray[np.uint8]) -> tuple[Coder, Octets]:
         """Pack the content of a batch by whatever is best.

@@ -94,7 +94,9 @@ class Resolve(Message, frozen=True, tag="resolve"):
 
 
 class Resolved(Message, frozen=True, tag="resolved"):
-    """The answer, on the same stream: all others are there."""
+    """The answer, on the same stream: all others are there, which took ``read_ns`` to read since the last one."""
+
+    read_ns: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class AllSent(Message, frozen=True, tag="all-sent"):

@@ -154,12 +154,11 @@ class Packer:
         """Find the pages that go as blocks of disks; these, as they stand in the payload."""
         if self.lookup is None:
             return b""
-        rows = self.lookup.blocks(pages, forms == Form.FULL, self.choice.page_ns, spare=self.choice.waits)
+        rows = self.lookup.blocks(pages, forms == Form.FULL, self.choice)
         if rows is None:
             return b""
         found = rows[:, 1] != 0
         forms[found] = Form.BLOCK
-        self.lookup.open += int(np.count_nonzero(found))
         told: bytes = rows[found].astype("<u8").tobytes()
         return told
 

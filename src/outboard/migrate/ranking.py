@@ -57,8 +57,10 @@ QUIET_UPTO = int(_RANK_OF[PageClass.ACTIVE_FILE])
 """What it sends beside that while it waits for the guest's next words: it will hardly be written again."""
 
 _NEVER_FILES = (PageClass.PAGE_TABLES, PageClass.KERNEL, PageClass.SLAB, None, PageClass.ACTIVE_ANON)
-NO_FILES = frozenset(_FIRST_CLASS + _ORDER.index(one) for one in _NEVER_FILES)
-"""The ranks of pages that are no file's, and so on no disk."""
+_IN_THE_PAUSE = (QUEUES, IN_FLIGHT, STALE_NOW)
+NOT_SOUGHT = frozenset((*_IN_THE_PAUSE, *(_FIRST_CLASS + _ORDER.index(one) for one in _NEVER_FILES)))
+"""The ranks of pages that are not looked for on disks: no file's; and those for which the guest stands still, which it
+has written to as a rule."""
 
 
 def rank_all(outbox: Outbox, populated: PageSet) -> None:

@@ -58,8 +58,9 @@ class BulkReceiver:
             message = decode(payload)
             if isinstance(message, Resolve):
                 self._channel.send_request(self._unpacker.refused)
-                self._unpacker.refused = []
-                self._channel.send_message(encode(Resolved()))
+                read_ns = self._unpacker.read_ns
+                self._unpacker.refused, self._unpacker.read_ns = [], 0
+                self._channel.send_message(encode(Resolved(read_ns)))
                 continue
             if not isinstance(message, (Barrier, AllSent)):
                 raise PeerError(f"a {type(message).__name__} message on the bulk stream")

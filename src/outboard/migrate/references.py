@@ -6,7 +6,11 @@ must not read the others before its QEMU owns them: what is in its page cache th
 A page is looked for when it is about to be sent, so nothing has to be kept true meanwhile: its content is in hand, and
 every byte of it is compared with the block. The destination reads the block and compares the digest; what it does not
 find it asks for when the source wants to know, which is before each barrier and every few thousand references.
-Looking stops where it does not pay: where few pages are found, where finding one takes longer than sending it, or where
+
+Looking costs the migration at most a twentieth of its time beyond what it gains. What a reference gains is the time
+that its page would have taken the wire, as pages like it pack. What it costs is time of the processor, where that has
+none to spare, and waiting for a disk, here and at the destination, which says how long it took to read. Who has lost
+more than that looks on when so much time has passed that it is a twentieth again. Nothing is looked for any more where
 the destination keeps asking.
 """
 
@@ -19,11 +23,13 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outboard.errors import OutboardError
+from outboard.linux import proc
 from outboard.migrate.messages import Images as Asked
 from outboard.migrate.messages import ImagesSeen
 from outboard.pages import PAGE_SIZE
@@ -36,19 +42,33 @@ from outboard.stores.images.images import Images
 from outboard.stores.images.layers import DiskSpec
 from outboard.stores.images.sampling import sample
 
-ASK_EVERY = 4096
-"""References after which the source wants to know which could not be read."""
+_ASK_FIRST, _ASK_EVERY = 512, 4096
+"""References after which the source wants to know which could not be read: at first, for a disk may be slow; later."""
 _MOST_ASKED = 1 / 8
-_LOOK, _WORTH = 1024, 32
-"""Pages to look for before it is judged, and one in how many must have been found to be more than few."""
-_LOSS = 0.1
-"""How much of the time of sending pages whole may be lost by looking for them."""
-_FEW, _SLOW = 1024, 16384
-"""Pages not looked for after too much was lost: where few were found, and where finding them takes long."""
+_LOSS = 0.05
+"""How much of the time may be lost by looking."""
+_AHEAD_NS = 20_000_000
+"""How much may be lost before that is so; also how long gains count."""
 _SENDING_NS = PAGE_SIZE / 1.3
 """What sending a page takes where the link is not the limit: TLS does some 1.3 GB/s."""
-_SECTORS, _COLD = PAGE_SIZE // 512, 0.25
-"""Of a page; and which part of the pages that were found must have come from the disk for it to be slow."""
+_SAMPLE_EVERY, _NEW = 4, 0.5
+"""Batches in which something was found, of which one is packed in part to see what it would have come to; and how much
+of the estimate comes from the newest."""
+
+
+class Wire(Protocol):
+    """What is to be seen of :class:`outboard.migrate.codec.Choice`."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the processor has time to spare."""
+
+    @property
+    def whole_ns(self) -> float:
+        """What a page as it is takes of the wire."""
+
+    def packs_to(self, pages: NDArray[np.uint8]) -> float:
+        """What pages would come to, as a share of themselves."""
 
 
 class References:
@@ -138,7 +158,8 @@ class Lookup:
     """Looks for the pages of one stream on the disks, while that pays.
 
     :param clock: nanoseconds, monotonic. :param processor: nanoseconds of processor time of this thread.
-    :param disk_reads: how many sectors this thread has had to wait for so far, as getrusage(2) counts.
+    :param queued: nanoseconds that this thread has waited for a processor. :param disk_reads: how many sectors it has
+        had read from disks, as getrusage(2) counts.
     """
 
     def __init__(
@@ -146,64 +167,77 @@ class Lookup:
         references: References,
         clock: Callable[[], int] = time.monotonic_ns,
         processor: Callable[[], int] = time.thread_time_ns,
+        queued: Callable[[], int] = proc.queued_ns,
         disk_reads: Callable[[], int] = _disk_reads,
     ) -> None:
-        self._references, self._clock, self._processor, self._disk_reads = references, clock, processor, disk_reads
+        self._references, self._clock, self._processor = references, clock, processor
+        self._queued, self._disk_reads = queued, disk_reads
         self._finder = references.finder() if references.wanted else None
         self._complete = False
-        self._looked = self._found = self._took_ns = self._used_ns = self._resting = 0
-        self._read = 0
+        self._credit, self._counted = float(_AHEAD_NS), clock()
+        self._ratio, self._sampled = 1.0, 0
+        self._open_ns = 0.0
+        self._ask_at = _ASK_FIRST
         self.open = 0
         """References since the destination was asked last."""
 
-    def blocks(
-        self, pages: NDArray[np.uint8], wanted: NDArray[np.bool_], page_ns: float, *, spare: bool
-    ) -> NDArray[np.uint64] | None:
+    @property
+    def due(self) -> bool:
+        """Whether the destination is to be asked."""
+        return self.open >= self._ask_at
+
+    def blocks(self, pages: NDArray[np.uint8], wanted: NDArray[np.bool_], wire: Wire) -> NDArray[np.uint64] | None:
         """Look for pages; a row of locator and digest for each, the digest 0 where there is none; None: not now.
 
         :param pages: a row of PAGE_SIZE bytes each, contiguous. :param wanted: which to look for.
-        :param page_ns: what sending one takes the wire. :param spare: whether the processor has time to spare.
         """
         finder = self._finder
         if finder is None:
             return None
-        if self._resting > 0:
-            self._resting -= len(pages)
+        began = self._clock()
+        self._earn(_LOSS * (began - self._counted))
+        self._counted = began
+        if self._credit < 0:
             return None
         if not self._complete:
             # At each batch: a gigabit link carries a small guest within a second.
             self._complete = self._references.renew(finder)
         if not any(one is not None for one in finder.indexes):
             return None
-        began, used, read = self._clock(), self._processor(), self._disk_reads()
+        began, used, queued, read = self._clock(), self._processor(), self._queued(), self._disk_reads()
         content = pages.reshape(-1)
         digests = page_digests(content)
         image, block = finder.find(content, digests, ~wanted)
         found = image != disk.NONE
-        self._took_ns += self._clock() - began
-        self._used_ns += self._processor() - used
-        self._read += self._disk_reads() - read
-        looked, met = int(np.count_nonzero(wanted)), int(np.count_nonzero(found))
-        self._note(looked, met, max(page_ns, _SENDING_NS), spare=spare)
+        self._counted, used = self._clock(), self._processor() - used
+        waited = 0
+        if self._disk_reads() != read:
+            # Not what the scheduler let others go first.
+            waited = max(0, self._counted - began - used - (self._queued() - queued))
+        gain = self._gain(pages[found], wire)
+        self._earn(gain - waited - (0 if wire.waits else used))
+        self._open_ns += gain
+        self.open += int(np.count_nonzero(found))
         rows: NDArray[np.uint64] = np.zeros((len(pages), 2), dtype=np.uint64)
         rows[found, 0], rows[found, 1] = disk.locators(image[found], block[found]), digests[found]
         return rows
 
-    def _note(self, looked: int, found: int, whole_ns: float, *, spare: bool) -> None:
-        self._looked += looked
-        self._found += found
-        if self._looked < _LOOK:
-            return
-        if self._found * _WORTH < self._looked:
-            if not spare and self._used_ns > _LOSS * self._looked * whole_ns:
-                self._resting = _FEW
-        elif self._read > _SECTORS * _COLD * self._found and self._took_ns > self._found * whole_ns:
-            # Were it not for the disk, it would be the scheduler that lets others go first.
-            self._resting = _SLOW
-        self._looked = self._found = self._took_ns = self._used_ns = self._read = 0
+    def _gain(self, found: NDArray[np.uint8], wire: Wire) -> float:
+        """What sending pages would take, in nanoseconds."""
+        if not len(found):
+            return 0.0
+        if self._sampled % _SAMPLE_EVERY == 0:
+            self._ratio += _NEW * (wire.packs_to(found) - self._ratio)
+        self._sampled += 1
+        return len(found) * max(_SENDING_NS, wire.whole_ns * self._ratio)
 
-    def asked(self, pages: int) -> None:
-        """The destination has asked for so many of the pages that went as references."""
+    def _earn(self, ns: float) -> None:
+        self._credit = min(_AHEAD_NS, self._credit + ns)
+
+    def asked(self, pages: int, read_ns: int) -> None:
+        """The destination has asked for so many of the pages that went as references; reading those took it so long."""
         if pages > _MOST_ASKED * self.open:
             self._finder = None
-        self.open = 0
+        # What it takes less than the pages would have is gained already.
+        self._earn(min(0.0, self._open_ns - read_ns))
+        self._open_ns, self.open, self._ask_at = 0.0, 0, _ASK_EVERY

@@ -21,7 +21,7 @@ from outboard.migrate import messages, ranking
 from outboard.migrate.codec import Compress
 from outboard.migrate.outbox import ALL, Outbox, Share
 from outboard.migrate.packing import Packer
-from outboard.migrate.references import ASK_EVERY, Lookup, References
+from outboard.migrate.references import Lookup, References
 from outboard.migrate.refining import note_digests
 from outboard.migrate.turns import NEVER
 from outboard.pages import PAGE_SIZE
@@ -182,8 +182,8 @@ class BulkSender:
         for rank in self._outbox.ranks_due(order.first, order.count, order.upto, share, parts=parts):
             due = self._outbox.due(order.first, order.count, rank, share, parts=parts)
             for batch in batches(due, self._outbox.unit):
-                self._send_batch(batch, changes=order.changes, by_block=rank not in ranking.NO_FILES)
-                if self._lookup is not None and self._lookup.open >= ASK_EVERY:
+                self._send_batch(batch, changes=order.changes, by_block=rank not in ranking.NOT_SOUGHT)
+                if self._lookup is not None and self._lookup.due:
                     self._resolve()
                 now = time.monotonic_ns()
                 if now - self._paced_at > _PACE_NS:
@@ -209,10 +209,10 @@ class BulkSender:
             if frame.kind is not Kind.REQUEST:
                 raise PeerError(f"a {frame.kind.name} frame came back on the bulk stream")
             asked |= PageSet.from_numbers(self._outbox.pages, np.array(self._channel.requested(frame)))
-        messages.expect(frame.payload, messages.Resolved)
+        resolved = messages.expect(frame.payload, messages.Resolved)
         if len(asked) > self._lookup.open:
             raise PeerError(f"the destination asks for {len(asked)} pages of {self._lookup.open} that went as blocks")
-        self._lookup.asked(len(asked))
+        self._lookup.asked(len(asked), resolved.read_ns)
         self._outbox.count_blocks(0, len(asked), self._share.number)
         for batch in batches(asked.runs()):
             self._send_claimed(batch, changes=False, by_block=False)

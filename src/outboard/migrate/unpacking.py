@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from typing import Protocol
 
@@ -31,7 +32,8 @@ class Unpacker:
     :param bases: what has changed of a page is applied to what it holds there.
     :param disks: the images of the VM that are to be referred to; None: there are none.
 
-    ``refused`` are the pages that were sent as blocks and could not be read, for whoever takes them away from there.
+    ``refused`` are the pages that were sent as blocks and could not be read, and ``read_ns`` what reading blocks has
+    taken; both for whoever takes them away from there.
 
     Synchronization: the stream's receiver.
     """
@@ -40,6 +42,7 @@ class Unpacker:
         self._bases = bases
         self._disks = disks
         self.refused: list[int] = []
+        self.read_ns = 0
         self._kept = KeptPages(SLOTS)
         self._room: NDArray[np.uint8] = np.empty((MAX_PAGES, PAGE_SIZE), dtype=np.uint8)
 
@@ -75,7 +78,9 @@ class Unpacker:
             return np.zeros(rows.size, dtype=np.bool_)
         content: NDArray[np.uint8] = np.empty(rows.size * PAGE_SIZE, dtype=np.uint8)
         locators, digests = np.ascontiguousarray(found[:, 0]), np.ascontiguousarray(found[:, 1])
+        began = time.monotonic_ns()
         sound = self._disks.read(locators, digests, content)
+        self.read_ns += time.monotonic_ns() - began
         room[rows] = content.reshape(-1, PAGE_SIZE)
         return sound
 

@@ -44,6 +44,26 @@ def blocks_of(found: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return found & _BLOCK
 
 
+@njit(types.void(_I4, _U8), cache=True, nogil=True)
+def _ask_ahead(files: NDArray[np.int32], found: NDArray[np.uint64]) -> None:
+    """Have the kernel begin to read blocks: from a disk it takes many in a fifth of the time of one after another.
+
+    Blocks that lie side by side are asked for as one; of those in the page cache it costs half a microsecond.
+    """
+    at = 0
+    while at < found.size:
+        begin, end = found[at], found[at] + np.uint64(1)
+        at += 1
+        while at < found.size and (found[at] == end or found[at] + np.uint64(1) == begin):
+            begin, end = min(begin, found[at]), max(end, found[at] + np.uint64(1))
+            at += 1
+        image = np.int64(begin >> np.uint64(IMAGE_SHIFT))
+        if image < files.size:
+            offset = int(np.int64(begin & _BLOCK)) * PAGE_SIZE
+            length = int(np.int64(end - begin)) * PAGE_SIZE
+            native.posix_fadvise(files[image], offset, length, native.POSIX_FADV_WILLNEED)
+
+
 @njit(
     types.int64(_U8, types.boolean[::1], _U8, _U8, _U4, _U4, types.int64, types.int32, _U8, types.uint16, _U2, _U8),
     cache=True,
@@ -64,8 +84,11 @@ def _match(
     out_block: NDArray[np.uint64],
 ) -> int:
     """Find those of the pages that are still open in one image; how many entries have turned out to be old."""
-    old = 0
+    entries = np.empty(digests.size, dtype=np.int64)
+    wanted = np.empty(digests.size, dtype=np.uint64)
+    count = 0
     for page in range(digests.size):
+        entries[page] = -1
         if not open_[page]:
             continue
         key = digests[page]
@@ -74,7 +97,18 @@ def _match(
         end = np.int64(table[bucket + 1])
         while at < end and keys[at] < key:
             at += 1
-        if at == end or keys[at] != key:
+        if at < end and keys[at] == key:
+            entries[page] = at
+            wanted[count] = blocks[at]
+            count += 1
+    if count > 1:
+        files = np.empty(1, dtype=np.int32)
+        files[0] = fd
+        _ask_ahead(files, wanted[:count])
+    old = 0
+    for page in range(digests.size):
+        at = entries[page]
+        if at < 0:
             continue
         got = native.pread(fd, room.ctypes.data, PAGE_SIZE, int(np.int64(blocks[at])) * PAGE_SIZE)
         same = got == PAGE_SIZE
@@ -101,6 +135,8 @@ def _fetch(
     into: NDArray[np.uint8],
     sound: NDArray[np.bool_],
 ) -> None:
+    if found.size > 1:
+        _ask_ahead(files, found)
     for index in range(found.size):
         image = np.int64(found[index] >> np.uint64(IMAGE_SHIFT))
         address = into.ctypes.data + index * PAGE_SIZE
