@@ -370,6 +370,33 @@ def rests(monkeypatch: pytest.MonkeyPatch, image: Path) -> None:  # noqa: ARG001
     monkeypatch.setattr(references_module, "_AHEAD_NS", 20_000_000)
 
 
+@pytest.mark.usefixtures("rests")
+def test_blocks_are_asked_for_ahead_while_they_come_from_a_disk(agreed: References, held: NDArray[np.uint8]) -> None:
+    clocks = Clocks(waits=True)
+    looking = Looking(agreed, clocks)
+    looking(held, 1)
+
+    def asks() -> int:
+        count = 0
+        while looking.lookup.cold and count < 100:
+            looking.lookup.ask_ahead(held)
+            count += 1
+        return count
+
+    # At first nobody knows; then the page cache has all.
+    assert asks() == 8
+    clocks.reads = 8
+    looking(held, 1)
+    assert asks() == 100
+    clocks.reads = 0
+    assert asks() == 8
+    # Asking takes the processor, too.
+    clocks.waits, clocks.uses = False, 50_000_000
+    clocks.reads = 8
+    looking(OTHER, 1)
+    assert not looking.lookup.cold
+
+
 def test_what_the_guest_stands_still_for_is_not_looked_for() -> None:
     pause = {ranking.QUEUES, ranking.IN_FLIGHT, ranking.STALE_NOW}
     assert pause < ranking.NOT_SOUGHT

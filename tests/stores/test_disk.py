@@ -19,6 +19,7 @@ from outboard.stores.disk import NONE, DiskStore, Finder
 from outboard.stores.images import index
 from outboard.stores.images.images import Images
 from outboard.vmm.spec import Disk
+from tests.support.cluster import wait_for
 
 BLOCKS = 600
 
@@ -169,3 +170,20 @@ def test_blocks_are_asked_for_ahead_those_side_by_side_as_one(monkeypatch: pytes
     # The compiled one cannot be watched.
     disk._ask_ahead.py_func(np.array([30, 31], dtype=np.int32), disk.locators(image, block))
     assert asked == [(30, 7, 3), (31, 10, 1), (30, 3, 3), (31, 2, 1)]
+
+
+def test_what_is_asked_for_ahead_comes_into_the_page_cache(scene: Scene) -> None:
+    content = np.concatenate([page_of(scene.one, number) for number in (300, 17)])
+    file = scene.images.files[0].fileno()
+
+    def cached(block: int) -> bool:
+        try:
+            return os.preadv(file, [bytearray(PAGE_SIZE)], block * PAGE_SIZE, os.RWF_NOWAIT) == PAGE_SIZE
+        except BlockingIOError:
+            return False
+
+    os.fsync(file)
+    # On tmpfs it stays.
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    scene.finder.ask_ahead(page_digests(content), np.array([False, False]))
+    wait_for(lambda: cached(300) and cached(17), "reading ahead")

@@ -33,7 +33,7 @@ from outboard.linux import proc
 from outboard.migrate.messages import Images as Asked
 from outboard.migrate.messages import ImagesSeen
 from outboard.pages import PAGE_SIZE
-from outboard.pages.content import page_digests
+from outboard.pages.content import page_digests, zero_pages
 from outboard.pages.shared import shared_array
 from outboard.stores import disk
 from outboard.stores.disk import Finder
@@ -51,6 +51,8 @@ _AHEAD_NS = 20_000_000
 """How much may be lost before that is so; also how long gains count."""
 _SENDING_NS = PAGE_SIZE / 1.3
 """What sending a page takes where the link is not the limit: TLS does some 1.3 GB/s."""
+_COLD = 8
+"""Batches whose blocks are asked for ahead after one was read from a disk."""
 _SAMPLE_EVERY, _NEW = 4, 0.5
 """Batches in which something was found, of which one is packed in part to see what it would have come to; and how much
 of the estimate comes from the newest."""
@@ -176,8 +178,9 @@ class Lookup:
         self._complete = False
         self._credit, self._counted = float(_AHEAD_NS), clock()
         self._ratio, self._sampled = 1.0, 0
-        self._open_ns = 0.0
+        self._open_ns, self._asking_ns = 0.0, 0
         self._ask_at = _ASK_FIRST
+        self._cold = _COLD
         self.open = 0
         """References since the destination was asked last."""
 
@@ -185,6 +188,20 @@ class Lookup:
     def due(self) -> bool:
         """Whether the destination is to be asked."""
         return self.open >= self._ask_at
+
+    @property
+    def cold(self) -> bool:
+        """Whether blocks may be on a disk alone, and pages are looked for: :meth:`ask_ahead` then."""
+        return self._cold > 0 and self._credit >= 0 and self._finder is not None
+
+    def ask_ahead(self, pages: NDArray[np.uint8]) -> None:
+        """Have the kernel begin to read what pages that will be looked for soon may equal; a row each."""
+        if self._finder is not None:
+            used, read = self._processor(), self._disk_reads()
+            content = pages.reshape(-1)
+            self._finder.ask_ahead(page_digests(content), zero_pages(content))
+            self._cold = self._cold - 1 if self._disk_reads() == read else _COLD
+            self._asking_ns += self._processor() - used
 
     def blocks(self, pages: NDArray[np.uint8], wanted: NDArray[np.bool_], wire: Wire) -> NDArray[np.uint64] | None:
         """Look for pages; a row of locator and digest for each, the digest 0 where there is none; None: not now.
@@ -214,6 +231,8 @@ class Lookup:
         if self._disk_reads() != read:
             # Not what the scheduler let others go first.
             waited = max(0, self._counted - began - used - (self._queued() - queued))
+            self._cold = _COLD
+        used, self._asking_ns = used + self._asking_ns, 0
         gain = self._gain(pages[found], wire)
         self._earn(gain - waited - (0 if wire.waits else used))
         self._open_ns += gain

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -35,6 +36,9 @@ from outboard.wire.urgent import Answering
 
 _BATCH = 64
 """Pages in one frame: 256 KiB, 2 ms of a gigabit link."""
+
+_AHEAD = 4
+"""Frames whose blocks a disk is asked for ahead."""
 
 _PACE_NS = 5_000_000
 _SEND_BUFFER = 256 * 1024
@@ -144,6 +148,7 @@ class BulkSender:
         self._lookup = Lookup(references) if by_block and references is not None else None
         self._packer = Packer(outbox, channel, compress, share, self._lookup)
         self._read: NDArray[np.uint8] = np.empty(max(_BATCH, outbox.unit) * PAGE_SIZE, dtype=np.uint8)
+        self._ahead: NDArray[np.uint8] = np.empty(_BATCH * PAGE_SIZE if by_block else 0, dtype=np.uint8)
         self._estimate = LinkEstimate(time.monotonic)
         self._paced_at = 0
         self._paced = False
@@ -181,8 +186,9 @@ class BulkSender:
         parts = order.changes
         for rank in self._outbox.ranks_due(order.first, order.count, order.upto, share, parts=parts):
             due = self._outbox.due(order.first, order.count, rank, share, parts=parts)
-            for batch in batches(due, self._outbox.unit):
-                self._send_batch(batch, changes=order.changes, by_block=rank not in ranking.NOT_SOUGHT)
+            by_block = rank not in ranking.NOT_SOUGHT
+            for batch in self._announced(due) if by_block else batches(due, self._outbox.unit):
+                self._send_batch(batch, changes=order.changes, by_block=by_block)
                 if self._lookup is not None and self._lookup.due:
                     self._resolve()
                 now = time.monotonic_ns()
@@ -193,6 +199,27 @@ class BulkSender:
                 ):
                     return False
         return True
+
+    def _announced(self, due: Runs) -> Iterator[list[tuple[int, int]]]:
+        """Batches; blocks are asked for some of them ahead, so that sending goes on while a disk is read."""
+        waiting: deque[list[tuple[int, int]]] = deque()
+        for batch in batches(due, self._outbox.unit):
+            if self._lookup is not None and self._lookup.cold:
+                # They are read again when they are sent: others may have sent them, or written to them.
+                self._lookup.ask_ahead(self._content(batch, self._ahead))
+            waiting.append(batch)
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _content(self, runs: list[tuple[int, int]], into: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """What pages hold now, read into ``into``."""
+        at = 0
+        for first, count in runs:
+            end = at + count * PAGE_SIZE
+            self._guest.memory.read_into(first, into[at:end].data)
+            at = end
+        return into[:at]
 
     def _send_batch(self, batch: list[tuple[int, int]], *, changes: bool, by_block: bool) -> None:
         claimed = list(self._claim(batch))
@@ -219,12 +246,7 @@ class BulkSender:
 
     def _send_claimed(self, claimed: list[tuple[int, int]], *, changes: bool, by_block: bool) -> None:
         self._packer.begin()
-        at = 0
-        for first, count in claimed:
-            end = at + count * PAGE_SIZE
-            self._guest.memory.read_into(first, self._read[at:end].data)
-            at = end
-        content = self._read[:at]
+        content = self._content(claimed, self._read)
         zero = zero_pages(content)
         if self._outbox.unit > 1:
             # Of a large page what the guest holds free need not be carried.

@@ -8,7 +8,7 @@ block that does not have that digest any more is not given out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numba import njit, types
@@ -65,12 +65,11 @@ def _ask_ahead(files: NDArray[np.int32], found: NDArray[np.uint64]) -> None:
 
 
 @njit(
-    types.int64(_U8, types.boolean[::1], _U8, _U8, _U4, _U4, types.int64, types.int32, _U8, types.uint16, _U2, _U8),
+    types.void(types.boolean[::1], _U8, _U8, _U4, _U4, types.int64, types.int32, types.int64[::1]),
     cache=True,
     nogil=True,
 )
-def _match(
-    words: NDArray[np.uint64],
+def _look_up(
     open_: NDArray[np.bool_],
     digests: NDArray[np.uint64],
     keys: NDArray[np.uint64],
@@ -78,13 +77,9 @@ def _match(
     table: NDArray[np.uint32],
     shift: int,
     fd: int,
-    room: NDArray[np.uint64],
-    image: int,
-    out_image: NDArray[np.uint16],
-    out_block: NDArray[np.uint64],
-) -> int:
-    """Find those of the pages that are still open in one image; how many entries have turned out to be old."""
-    entries = np.empty(digests.size, dtype=np.int64)
+    entries: NDArray[np.int64],
+) -> None:
+    """Find the entries of those of the pages that are still open in one index, else -1; their blocks are asked for."""
     wanted = np.empty(digests.size, dtype=np.uint64)
     count = 0
     for page in range(digests.size):
@@ -105,8 +100,27 @@ def _match(
         files = np.empty(1, dtype=np.int32)
         files[0] = fd
         _ask_ahead(files, wanted[:count])
+
+
+@njit(
+    types.int64(_U8, types.boolean[::1], types.int64[::1], _U4, types.int32, _U8, types.uint16, _U2, _U8),
+    cache=True,
+    nogil=True,
+)
+def _compare(
+    words: NDArray[np.uint64],
+    open_: NDArray[np.bool_],
+    entries: NDArray[np.int64],
+    blocks: NDArray[np.uint32],
+    fd: int,
+    room: NDArray[np.uint64],
+    image: int,
+    out_image: NDArray[np.uint16],
+    out_block: NDArray[np.uint64],
+) -> int:
+    """See which pages are what their entries say; how many entries have turned out to be old."""
     old = 0
-    for page in range(digests.size):
+    for page in range(entries.size):
         at = entries[page]
         if at < 0:
             continue
@@ -213,21 +227,28 @@ class Finder:
         open_ = np.ones(digests.size, dtype=np.bool_) if skip is None else ~skip
         image: NDArray[np.uint16] = np.full(digests.size, NONE, dtype=np.uint16)
         block: NDArray[np.uint64] = np.zeros(digests.size, dtype=np.uint64)
+        for number, file, index in self._indexed():
+            entries = self._look_up(file, index, open_, digests)
+            self.old += _compare(
+                content.view(np.uint64), open_, entries, index.blocks, file.fileno(), room, number, image, block
+            )
+        return image, block
+
+    def ask_ahead(self, digests: NDArray[np.uint64], skip: NDArray[np.bool_]) -> None:
+        """Have the kernel begin to read what :meth:`find` will compare pages of these digests with."""
+        for _, file, index in self._indexed():
+            self._look_up(file, index, ~skip, digests)
+
+    def _indexed(self) -> Iterator[tuple[int, ImageFile, LayerIndex]]:
         for number, index in enumerate(self.indexes):
             file = self._images[number]
             if file is not None and index is not None and index.keys.size:
-                self.old += _match(
-                    content.view(np.uint64),
-                    open_,
-                    digests,
-                    index.keys,
-                    index.blocks,
-                    index.table,
-                    index.shift,
-                    file.fileno(),
-                    room,
-                    number,
-                    image,
-                    block,
-                )
-        return image, block
+                yield number, file, index
+
+    @staticmethod
+    def _look_up(
+        file: ImageFile, index: LayerIndex, open_: NDArray[np.bool_], digests: NDArray[np.uint64]
+    ) -> NDArray[np.int64]:
+        entries: NDArray[np.int64] = np.empty(digests.size, dtype=np.int64)
+        _look_up(open_, digests, index.keys, index.blocks, index.table, index.shift, file.fileno(), entries)
+        return entries
