@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from outboard.agent.holding import CONTROL
+from outboard.agent.holding import CONTROL, hold
 from outboard.agent.manager import Manager
 from outboard.agent.orders import Evict, Fetch, HandOver, Learn, Look, Recover, Release, ask
 from outboard.errors import NotFoundError, OutboardError, RefusedError, UnreachableError
@@ -251,6 +252,31 @@ def test_a_guest_that_is_handed_over_to_nobody_waits(target: Target, directory: 
 def test_a_guest_that_ends_is_forgotten(target: Target, directory: Path) -> None:
     engine = Engine(directory, target.pid)
     ask(engine.control, Evict(to="file", idle=0.0))
+    os.kill(target.pid, signal.SIGKILL)
+    engine.join()
+    assert not directory.exists()
+    assert not list((directory.parent / "swap").iterdir())
+
+
+def test_what_belongs_to_another_of_its_name_stays(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    ask(engine.control, Evict(to="file", idle=0.0))
+    # Whoever stops a VM removes its directory, and the next of that name may be there before this engine hears of it.
+    shutil.rmtree(directory)
+    directory.mkdir()
+    lock = hold(directory, successor=False)
+    (directory / "where").touch()
+    os.kill(target.pid, signal.SIGKILL)
+    engine.join()
+    assert sorted(path.name for path in directory.iterdir()) == ["lock", "where"]
+    assert list((directory.parent / "swap").iterdir())
+    os.close(lock)
+
+
+def test_the_swap_file_of_a_guest_whose_directory_has_gone_goes(target: Target, directory: Path) -> None:
+    engine = Engine(directory, target.pid)
+    ask(engine.control, Evict(to="file", idle=0.0))
+    shutil.rmtree(directory)
     os.kill(target.pid, signal.SIGKILL)
     engine.join()
     assert not directory.exists()

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from outboard.agent.history import History
 from outboard.agent.manager import Manager
 from outboard.agent.planning import Planning
 from outboard.agent.promises import admitted
-from outboard.agent.restoring import Source
 from outboard.agent.snapshotting import Vm
 from outboard.agent.succession import keep_task, left_task, only_one
 from outboard.agent.tasks import Depart, Ended, Manage, Managing, Ready, Receive, Refused, Restore, Task
@@ -47,7 +47,7 @@ from outboard.pager.arriving import ArrivingMemory
 from outboard.pager.arriving_large import arriving_kind
 from outboard.pager.rebuilding import Rebuilding
 from outboard.stores.images.images import Images
-from outboard.stores.snapshot import open_chain
+from outboard.stores.snapshot import SnapshotStore
 from outboard.vmm.attach import attach
 from outboard.vmm.device_state import Arrival, runs
 from outboard.vmm.disks import cloned, remove_clones
@@ -226,13 +226,18 @@ def end_broken(record: VmRecord, registry: Registry) -> None:
 def _restore(work: Restore, desk: PipeDesk, registry: Registry) -> None:
     """Start a QEMU that waits, give it the devices' state and no memory, and manage it from then on."""
     directory = snapshot_dir()
-    contents = open_chain(directory, work.snapshot)[0]
-    spec = parse_spec(contents.meta.spec, f"the description of {work.snapshot}")
+    # The index of a large VM takes as long to read as QEMU to start.
+    reader = ThreadPoolExecutor(1)
+    opening = reader.submit(SnapshotStore, directory, work.snapshot)
+    reader.shutdown(wait=False)
+    spec = parse_spec(work.spec, f"the description of {work.snapshot}")
     spec = cloned(msgspec.structs.replace(spec, name=work.vm))
     record: VmRecord | None = None
     try:
         with admitted(spec, registry):
             record = launch(spec, registry, incoming=True)
+        store = opening.result()
+        contents = store.chain[0]
         manager = Manager(
             record.memory_directory,
             record.attach,
@@ -240,7 +245,7 @@ def _restore(work: Restore, desk: PipeDesk, registry: Registry) -> None:
             spec.disks,
             state_dir() / INDEXES,
             vm=Vm(work.vm, registry, directory),
-            restore=Source(os.fspath(directory), work.snapshot),
+            restore=store,
         )
         with (
             honest_about(record),

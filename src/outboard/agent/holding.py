@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import time
+from enum import Enum
 from pathlib import Path
 
 from outboard.agent.orders import HandOver, ask
@@ -33,7 +34,7 @@ def hold(directory: Path, *, successor: bool) -> int:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Whoever released the guest has removed the directory, and with it the lock that we have open.
                 directory.mkdir(mode=0o750, parents=True, exist_ok=True)
-                if (directory / "lock").exists() and os.path.samestat(os.fstat(fd), (directory / "lock").stat()):
+                if owner(directory, fd) is Owner.WE:
                     break
                 os.close(fd)
                 fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -42,9 +43,9 @@ def hold(directory: Path, *, successor: bool) -> int:
                 ask(directory / CONTROL, HandOver(), _HAND_OVER_S)
                 asked = True
             elif not successor or time.monotonic() > deadline:
-                owner = os.pread(fd, 20, 0).decode()
+                holder = os.pread(fd, 20, 0).decode()
                 raise RefusedError(
-                    "managed", f"engine {owner} has this guest ({directory}); outboard release lets it go"
+                    "managed", f"engine {holder} has this guest ({directory}); outboard release lets it go"
                 )
             time.sleep(0.001)
         os.ftruncate(fd, 0)
@@ -53,6 +54,23 @@ def hold(directory: Path, *, successor: bool) -> int:
         os.close(fd)
         raise
     return fd
+
+
+class Owner(Enum):
+    """Whose a guest's directory is."""
+
+    WE = "we"
+    ANOTHER = "another"
+    NOBODY = "nobody"
+
+
+def owner(directory: Path, lock: int) -> Owner:
+    """Whose ``directory`` is now, where ``lock`` is what :func:`hold` answered once."""
+    try:
+        there = (directory / "lock").stat()
+    except FileNotFoundError:
+        return Owner.NOBODY
+    return Owner.WE if os.path.samestat(os.fstat(lock), there) else Owner.ANOTHER
 
 
 def empty(directory: Path) -> None:

@@ -36,7 +36,7 @@ import structlog
 
 from outboard.agent import restoring
 from outboard.agent.clients import Clients
-from outboard.agent.holding import CONTROL, empty, hold
+from outboard.agent.holding import CONTROL, Owner, empty, hold, owner
 from outboard.agent.orders import (
     DropZeros,
     Evict,
@@ -59,7 +59,7 @@ from outboard.agent.orders import (
     Unshare,
 )
 from outboard.agent.reclaiming import Reclaimer
-from outboard.agent.restoring import Restored, Source
+from outboard.agent.restoring import Restored
 from outboard.agent.sharer import Sharer
 from outboard.agent.snapshotting import Snapshotting, Vm, mend
 from outboard.agent.swapping import PlainSwap, Swapping
@@ -126,7 +126,7 @@ class Manager:
         *,
         successor: bool = False,
         vm: Vm | None = None,
-        restore: Source | None = None,
+        restore: SnapshotStore | None = None,
     ) -> None:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._directory = directory
@@ -142,7 +142,7 @@ class Manager:
                 undo.callback(self._forget)
                 (directory / _SWAPPING).write_bytes(msgspec.json.encode(self._swap))
                 if restore is not None:
-                    restoring.begin(directory, restore)
+                    restoring.begin(directory, restore.chain[0])
                 with attach() as attached:
                     layout = Layout.keep(attached, directory / LAYOUT)
             elif restoring.is_broken(directory):
@@ -167,7 +167,8 @@ class Manager:
             residency = Residency(pages, directory)
             self._restored: Restored | None = None
             if (source := restoring.source_of(directory)) is not None:
-                self._restored = Restored(directory, source)
+                store = restore if restore is not None else SnapshotStore(Path(source.directory), source.snapshot)
+                self._restored = Restored(directory, source, store)
                 undo.callback(self._restored.store.close)
                 self._stores[Where.SNAPSHOT] = self._restored.store
                 if restore is not None:
@@ -452,8 +453,12 @@ class Manager:
 
     def _forget(self) -> None:
         """The guest is nobody's any more: leave nothing behind."""
-        self._swap.remove()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        whose = owner(self._directory, self._lock)
+        # Whoever stops a VM removes its directory, and another of its name may have begun by now.
+        if whose is not Owner.ANOTHER:
+            self._swap.remove()
+        if whose is Owner.WE:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def _send(client: Connection, answer: Looked | Snapped | Failed) -> None:

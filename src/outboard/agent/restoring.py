@@ -6,6 +6,7 @@ the VM runs: an engine that dies before leaves nothing that anybody could go on 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from outboard.pages.pageset import PageSet
 from outboard.pages.residency import Residency, Where
 from outboard.snapshot import catalog
 from outboard.stores.snapshot import SnapshotStore
+from outboard.stores.snapshot_format import Contents
 from outboard.vmm.guest import Guest
 
 _SOURCE, _MARK = "snapshot.json", "restoring"
@@ -43,8 +45,9 @@ def source_of(directory: Path) -> Source | None:
         return None
 
 
-def begin(directory: Path, source: Source) -> None:
-    """Note, before anything else, that a VM is being restored here."""
+def begin(directory: Path, contents: Contents) -> None:
+    """Note, before anything else, that a VM is being restored here, from a snapshot of these contents."""
+    source = Source(os.fspath(contents.path.parent), contents.meta.id)
     (directory / _MARK).touch()
     (directory / _SOURCE).write_bytes(msgspec.json.encode(source))
 
@@ -55,14 +58,13 @@ def is_broken(directory: Path) -> bool:
 
 
 class Restored:
-    """Brings in the pages of a VM that were left in a snapshot; made before its pager.
+    """Brings in the pages of a VM that were left in a snapshot, ``store``; made before its pager.
 
     Synchronization: one thread.
     """
 
-    def __init__(self, directory: Path, source: Source) -> None:
-        self.source = source
-        self.store = SnapshotStore(Path(source.directory), source.snapshot)
+    def __init__(self, directory: Path, source: Source, store: SnapshotStore) -> None:
+        self.source, self.store = source, store
         self._directory = directory
         self._pager: Pager | None = None
         self._ahead: Iterator[NDArray[np.int64]] = iter(())

@@ -102,7 +102,7 @@ class Supervisor:
             contents = open_chain(snapshot_dir(), snapshot)[0]
             spec = parse_spec(contents.meta.spec, f"the description of {snapshot}")
             swap = self._swapping(msgspec.structs.replace(spec, name=vm))
-            pipe = self._start(Restore(vm=vm, snapshot=snapshot, swap=swap, eager=eager))
+            pipe = self._start(Restore(vm=vm, snapshot=snapshot, spec=contents.meta.spec, swap=swap, eager=eager))
             try:
                 engine = self._answer(pipe, _RESTORE_S, vm)
             except UnreachableError:

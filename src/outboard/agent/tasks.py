@@ -48,10 +48,14 @@ class Manage(msgspec.Struct, frozen=True, tag="manage"):
 
 
 class Restore(msgspec.Struct, frozen=True, tag="restore"):
-    """Begin the VM ``vm`` with what a snapshot has, and manage it; ``eager``: bring all its pages in before it runs."""
+    """Begin the VM ``vm`` with what a snapshot has, and manage it; ``eager``: bring all its pages in before it runs.
+
+    ``spec`` is what the snapshot says of the VM.
+    """
 
     vm: str
     snapshot: str
+    spec: str
     swap: Swapping
     eager: bool
 
