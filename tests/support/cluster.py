@@ -26,12 +26,12 @@ from tests.support.link import ADDRESSES, Link
 WAIT_S = 60.0
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout: float = WAIT_S) -> None:
-    """Wait until ``condition`` holds."""
+def wait_for(condition: Callable[[], object], what: str, timeout: float = WAIT_S, every: float = 0.02) -> None:
+    """Wait until ``condition`` holds; looked at ``every`` so many seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come about within {timeout:.0f} s"
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 class Host:
