@@ -7,8 +7,9 @@ It is then moved to and fro between two hosts in namespaces of one machine, with
 guest's job proves its memory after each. Indexes are made before, and their time is told. Snapshots are of another
 guest that is made the same way: each leaves one more overlay on its disk, and what lies below that is fixed from then.
 
-The base image is in the page cache of the one host that both are: what a migration would wait for a cold disk at the
-destination is not in the figures.
+QEMU drops its images from the page cache when it takes a VM over (the block driver's ``drop-cache``), so that each
+migration after the first begins with a cold disk at its source. Both hosts are one machine: what the source has read is
+in the page cache when the destination wants it, and what that would wait for a cold disk is not in the figures.
 """
 
 from __future__ import annotations
