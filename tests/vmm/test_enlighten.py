@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from outboard.errors import PeerError
 from outboard.vmm import kpageflags
 from outboard.vmm.attach import attach
-from outboard.vmm.enlighten import Flag, PageClass, chunks, classify, spread_heads
+from outboard.vmm.enlighten import Flag, PageClass, chunks, classes_of, classify, spread_heads
 from outboard.vmm.guest import Guest
 from outboard.vmm.guest_agent import GuestAgent
 from tests.support.fake_agent import FakeAgent
@@ -118,8 +118,13 @@ def test_frames_become_pages_across_the_hole(guest: Guest, tmp_path: Path) -> No
 
 
 def test_nothing_is_said_of_what_the_guest_does_not_list(guest: Guest, tmp_path: Path) -> None:
-    classes = told(guest, tmp_path / "agent", np.full(5120 * MIB - 32, bits(BUDDY), dtype=np.uint64))
+    flags = np.full(5120 * MIB - 32, bits(BUDDY), dtype=np.uint64)
+    classes = told(guest, tmp_path / "agent", flags)
     assert np.all(classes[-32:] == 255)
+    assert np.all(classes[0x100:-32] == PageClass.FREE)
+    with FakeAgent(tmp_path / "other", {kpageflags.PATH: flags.tobytes()}):
+        classes = classes_of(guest, tmp_path / "other", 10)
+    assert np.all(classes[-32:] == PageClass.OTHER)
     assert np.all(classes[0x100:-32] == PageClass.FREE)
 
 

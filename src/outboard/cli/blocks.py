@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
+import contextlib
 
 import click
 import numpy as np
@@ -16,9 +15,7 @@ from outboard.blocks.share import ImageShare, Shares, shares
 from outboard.cli.memory import managed, tell
 from outboard.cli.output import output_option, print_json, print_table, size_text
 from outboard.errors import OutboardError
-from outboard.vmm.enlighten import PageClass, chunks
-from outboard.vmm.guest import Guest
-from outboard.vmm.guest_agent import GuestAgent
+from outboard.vmm.enlighten import classes_of
 from outboard.vmm.registry import Registry
 from outboard.vmm.spec import parse_spec
 
@@ -42,26 +39,15 @@ def blocks(vm: str, learn: bool, output: str) -> None:
     record = Registry(runtime_dir()).get(vm)
     disks = parse_spec(record.spec_text(), f"the spec of {vm}").disks
     with record.attach(managed=True) as guest:
-        found = shares(guest, disks, state_dir() / INDEXES, _classes(guest, record.agent_socket))
+        classes: NDArray[np.uint8] | None = None
+        if guest.agent_path is not None:
+            with contextlib.suppress(OutboardError):
+                classes = classes_of(guest, guest.agent_path, _AGENT_S)
+        found = shares(guest, disks, state_dir() / INDEXES, classes)
     if output == "json":
         print_json(found)
     else:
         _show(found)
-
-
-def _classes(guest: Guest, agent: Path | None) -> NDArray[np.uint8] | None:
-    """What each page is to the guest, if it says."""
-    if agent is None:
-        return None
-    found = np.full(guest.pages, PageClass.OTHER, dtype=np.uint8)
-    try:
-        deadline = time.monotonic() + _AGENT_S
-        with GuestAgent(agent, timeout=_AGENT_S) as asked:
-            for first, classes in chunks(guest, asked, deadline=deadline):
-                found[first : first + classes.size] = classes
-    except OutboardError:
-        return None
-    return found
 
 
 def _words(one: ImageShare) -> str:

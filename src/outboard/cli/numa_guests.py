@@ -15,20 +15,23 @@ import numpy as np
 
 from outboard.cli.attach import memory_options, open_memory
 from outboard.cli.output import Bandwidth, Duration, output_option, print_json, print_table, size_text
-from outboard.errors import UsageError
+from outboard.errors import OutboardError, UsageError
 from outboard.linux.numa import node_of_thread
 from outboard.numa import rivals
 from outboard.numa.following import Follower, Progress
+from outboard.numa.kernels import urgent
 from outboard.numa.moving import Limits, Mover, Pace, Rests
 from outboard.numa.policies import ABSENT, POLICIES, UNKNOWN, Memory, Policy, local_share, only, order_of
 from outboard.numa.warmth import watch
 from outboard.numa.whereabouts import Whereabouts, backends, free_of, unit_of
-from outboard.vmm.guest import Guest
+from outboard.vmm.enlighten import classes_of
+from outboard.vmm.guest import Guest, QemuGuest
 
 _BATCH, _LEAST, _MOST_BYTES = 64, 16, 1 << 30
 """The first batch and the least, in small pages, and the largest in bytes."""
 _RETURN_S = 300.0
 _TELL_S = 0.5
+_AGENT_S = 5.0
 
 
 class NodeShare(msgspec.Struct, frozen=True):
@@ -234,6 +237,8 @@ def move(
         if policy.order != "address" and not seconds:
             raise UsageError(f"--policy {name} needs to know what is hot; give --watch more than 0 seconds")
         memory = seen(guest, per, seconds, writes=policy.order == "writes")
+        if policy.order != "address":
+            memory = _kernel_first(guest, memory, per)
         with Whereabouts(guest, per) as where:
             unit = where.unit_bytes
             for words in rivals.warnings(paused=pause_balancing):
@@ -255,6 +260,19 @@ def move(
                         time.sleep,
                     )
                     _carry_out(follower, unit, output)
+
+
+def _kernel_first(guest: Guest, memory: Memory, per: int) -> Memory:
+    """What the guest's kernel needs goes first, if it tells."""
+    agent = guest.agent_path if isinstance(guest, QemuGuest) else None
+    if agent is None:
+        return memory
+    try:
+        classes = classes_of(guest, agent, _AGENT_S)
+    except OutboardError as error:
+        click.echo(f"warning: what its kernel needs is not known: {error}", err=True)
+        return memory
+    return memory._replace(urgent=urgent(classes, memory.heat, per))
 
 
 def _would(policy: Policy, memory: Memory, node: int, unit: int) -> str:

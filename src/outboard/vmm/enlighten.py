@@ -12,8 +12,10 @@ Sources: Documentation/admin-guide/mm/pagemap.rst, <linux/kernel-page-flags.h>.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,6 +136,20 @@ def chunks(guest: Guest, agent: GuestAgent, *, deadline: float) -> Iterator[tupl
         raise PeerError(f"{guest.name} tells nothing of its pages: {error}") from error
     if told == 0:
         raise PeerError(f"{guest.name} tells nothing of its pages: its {kpageflags.PATH} is empty")
+
+
+def classes_of(guest: Guest, agent: Path, seconds: float) -> NDArray[np.uint8]:
+    """The :class:`PageClass` of each page, as the guest tells it within so many seconds.
+
+    :param agent: the socket of its guest agent.
+    :raise PeerError, UnreachableError: as :func:`chunks`.
+    """
+    found: NDArray[np.uint8] = np.full(guest.pages, PageClass.OTHER, dtype=np.uint8)
+    deadline = time.monotonic() + seconds
+    with GuestAgent(agent, timeout=seconds) as asked:
+        for first, classes in chunks(guest, asked, deadline=deadline):
+            found[first : first + classes.size] = classes
+    return found
 
 
 def _place(guest: Guest, frame: int, classes: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
