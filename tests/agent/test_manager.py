@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ import pytest
 from outboard.agent.holding import CONTROL, hold
 from outboard.agent.manager import Manager
 from outboard.agent.orders import Evict, Fetch, HandOver, Learn, Look, Recover, Release, ask
-from outboard.errors import NotFoundError, OutboardError, RefusedError, UnreachableError
+from outboard.errors import KernelError, NotFoundError, OutboardError, RefusedError, UnreachableError
 from outboard.linux import proc
 from outboard.pages import PAGE_SIZE
 from outboard.vmm.guest import Guest
@@ -253,6 +254,21 @@ def test_a_guest_that_ends_is_forgotten(target: Target, directory: Path) -> None
     engine = Engine(directory, target.pid)
     ask(engine.control, Evict(to="file", idle=0.0))
     os.kill(target.pid, signal.SIGKILL)
+    engine.join()
+    assert not directory.exists()
+    assert not list((directory.parent / "swap").iterdir())
+
+
+def test_a_guest_that_ends_while_pages_are_brought_back_is_forgotten(
+    target: Target, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def brought_back(_manager: Manager) -> None:
+        os.kill(target.pid, signal.SIGKILL)
+        raise KernelError("UFFDIO_COPY", errno.ESRCH)
+
+    engine = Engine(directory, target.pid)
+    ask(engine.control, Evict(to="file", idle=0.0))
+    monkeypatch.setattr(Manager, "_leave_disks", brought_back)
     engine.join()
     assert not directory.exists()
     assert not list((directory.parent / "swap").iterdir())

@@ -87,6 +87,8 @@ _HALF_LIFE_S = 300.0
 _SNAPSHOT_LOOK_S = 0.01
 _LOOK_S = 1.0
 """How often to look whether faults are still served."""
+_ENDING_S = 1.0
+"""Between the end of a process's memory, and its own."""
 log = structlog.get_logger()
 _STORES = {"pool": Where.POOL, "file": Where.FILE}
 
@@ -227,18 +229,29 @@ class Manager:
                     self._clients.drop(client)
                 elif not going_on:
                     return
-            if self._pending is not None and time.monotonic() >= self._pending.due:
-                pending, self._pending = self._pending, None
-                self._answer(pending.client, partial(self._evict_idle, pending))
-            if self._snapshotting is None:
-                # While an image is taken nobody else moves pages.
-                self._leave_disks()
-                self._look_after()
-                if self._restored is not None:
-                    self._restored.step()
-            elif self._snapshotting.ended and not self._tell_of_snapshot():
-                return
-            self._mourn()
+            try:
+                if not self._turn():
+                    return
+            except KernelError:
+                # Of a guest that has just ended, which the next look finds.
+                if not pidfd.wait(self._process, _ENDING_S):
+                    raise
+
+    def _turn(self) -> bool:
+        """What is to be done beside orders; whether to go on."""
+        if self._pending is not None and time.monotonic() >= self._pending.due:
+            pending, self._pending = self._pending, None
+            self._answer(pending.client, partial(self._evict_idle, pending))
+        if self._snapshotting is None:
+            # While an image is taken nobody else moves pages.
+            self._leave_disks()
+            self._look_after()
+            if self._restored is not None:
+                self._restored.step()
+        elif self._snapshotting.ended and not self._tell_of_snapshot():
+            return False
+        self._mourn()
+        return True
 
     def _leave_disks(self) -> None:
         """Bring back what lies in images that somebody waits to write to, and let him."""
