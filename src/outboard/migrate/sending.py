@@ -51,9 +51,9 @@ _ANSWER_S = 60.0
 class Send(msgspec.Struct, frozen=True, tag="send"):
     """Send what is due in ``[first, first + count)`` up to rank ``upto``; stop after ``seconds`` if given.
 
-    ``paced``: keep the link's queue empty; otherwise as fast as the link goes. ``haltable``: it stops as soon
-    as the outbox says ``halted``. ``changes``: what was sent before
-    is what the destination's memory holds, so that what has changed of it will do.
+    ``paced``: keep the link's queue empty; otherwise as fast as the link goes. ``haltable``: it stops as soon as the
+    outbox says ``halted``. ``changes``: what was sent before is what the destination's memory holds, so that what has
+    changed of it will do.
     """
 
     first: int
