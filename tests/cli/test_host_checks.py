@@ -111,7 +111,7 @@ def test_qemu_that_answers_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, t
 
 def test_kvm_that_cannot_be_used_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     require("qemu")
-    monkeypatch.setattr(host_checks, "why_not_kvm", lambda _qemu, _memory: "there is no /dev/kvm")
+    monkeypatch.setattr(host_checks, "why_not_kvm", lambda _qemu, _cpu, _memory: "there is no /dev/kvm")
     (found,) = host_checks.kvm()
     assert found.verdict is Verdict.NOTE
     assert found.found == "there is no /dev/kvm"

@@ -73,7 +73,7 @@ def test_run_and_stop_for_people(registry: Registry, file: Path) -> None:
 def test_a_vm_that_falls_back_to_tcg_is_told_why(
     registry: Registry, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outboard.vmm.launch.why_not_kvm", lambda _qemu, _memory: "it is a test")
+    monkeypatch.setattr("outboard.vmm.launch.why_not_kvm", lambda _qemu, _cpu, _memory: "it is a test")
     started = invoke("run", str(file))
     assert started.stderr == "web runs many times slower than it could: no KVM: it is a test\n"
     assert registry.get("web").accelerator == "tcg"

@@ -56,6 +56,12 @@ class Clients:
         del self._clients[client.fileno()]
         client.close()
 
-    def close(self) -> None:
+    def turn_away(self) -> None:
         """Take nobody in any more; who is there already can still be answered. Idempotent."""
         self._listener.close()
+
+    def close(self) -> None:
+        """Hang up on everybody: nobody waits for an answer that will not come. Idempotent."""
+        self.turn_away()
+        while self._clients:
+            self._clients.popitem()[1].close()

@@ -231,6 +231,10 @@ class Running:
 
     def serve(self) -> None:
         """Scan, share and answer until told to stop."""
+        with contextlib.closing(self._clients):
+            self._serve()
+
+    def _serve(self) -> None:
         scan_due = reads_due = time.monotonic()
         while True:
             now = time.monotonic()
@@ -269,7 +273,7 @@ class Running:
         return not stopping
 
     def _end(self) -> None:
-        self._clients.close()
+        self._clients.turn_away()
         _remove(self._directory, self._pool_path)
         os.close(self._lock)
 

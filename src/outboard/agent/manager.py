@@ -211,6 +211,10 @@ class Manager:
         """
         if self._restored is not None:
             self._restored.attend(self._pager)
+        with contextlib.closing(self._clients):
+            self._serve()
+
+    def _serve(self) -> None:
         while True:
             speaking = self._clients.speaking(self._patience_s())
             if self._clients.called:
@@ -457,7 +461,7 @@ class Manager:
     def _let_go(self) -> None:
         self._pager.close()
         self._guest.close()
-        self._clients.close()
+        self._clients.turn_away()
         for store in self._stores.values():
             store.close()
         if self._disks is not None:
