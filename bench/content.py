@@ -141,7 +141,10 @@ def play(arm: Arm, image: Image, file: Path) -> Outcome:
             with guest_with(hosts, image, file) as job:
                 arm.expect(EVICTED)
                 outcome = arm.migrate(EVICTED, lambda destination: destination.pin(OTHER_CORE))
-                wrong = job.check()
+                try:
+                    wrong = job.check()
+                except OSError as error:
+                    raise TestbedError(f"{arm.name}: the guest does not answer any more: {error}") from error
                 if wrong or not outcome.converged:
                     raise TestbedError(f"{arm.name}: {wrong or outcome.note}")
                 return outcome
