@@ -72,7 +72,8 @@ def test_the_working_set_is_the_memory(busy: Target) -> None:
     assert found["memory"] == 4 << 20
     longest = found["working_sets"][-1]
     assert longest["window"] == 1.0
-    assert longest["bytes"] == pytest.approx(4 << 20, rel=0.2)
+    # How much of it the writer gets to within a second is up to the machine.
+    assert 2 << 20 < longest["bytes"] < 1.2 * (4 << 20)
     assert "touched within" in run("wss", "--pid", str(busy.pid), "--duration", "1")
 
 
