@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from outboard.errors import KernelError
-from outboard.linux.hand import await_none
 from outboard.pager.keeper import BATCH, Keeper
 from outboard.pages import PAGE_SIZE
 from outboard.pages.content import zero_pages
@@ -33,8 +32,6 @@ def recover(keeper: Keeper, stores: Mapping[Where, FileStore | SnapshotStore]) -
     # What is still protected nobody can write to before it is gone.
     _finish_leaving(keeper)
     keeper.protect(whole, False)
-    # Another engine's hand may be at work yet, and wait for its events to be read; whoever faults is woken later.
-    await_none(keeper.guest.pid, keeper.clamp.uffd.read)
     keeper.follow_mappings()
     away = (where > Where.ZERO) & (where != Where.SHARED)
     if away.any():

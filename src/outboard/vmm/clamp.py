@@ -18,6 +18,7 @@ from collections.abc import Iterable
 
 from outboard.errors import KernelError, RefusedError
 from outboard.linux import pidfd, proc, ptrace
+from outboard.linux.hand import await_none
 from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
 from outboard.pages import PAGE_SIZE
 from outboard.vmm.guest import Guest, Region
@@ -86,6 +87,9 @@ class Clamp:
             clamp = cls(guest, uffd, mode, number)
             try:
                 clamp._see_that_it_is_held()
+                # The hand of whoever had it finishes its order, and waits for its events to be read: until then the
+                # kernel lets nobody protect anything. What it maps nobody else registers.
+                await_none(guest.pid, uffd.read)
                 clamp._register()
             except KernelError as error:
                 uffd.close()
