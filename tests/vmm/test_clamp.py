@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import select
+import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from outboard.errors import KernelError, RefusedError
 from outboard.linux import proc, ptrace
+from outboard.linux.hand import Hand
 from outboard.linux.userfaultfd import Features, Mode, Userfaultfd
 from outboard.vmm.clamp import Clamp
 from outboard.vmm.guest import Guest
@@ -17,6 +23,7 @@ from tests.support.target import Target
 
 FEATURES = Features.MISSING_SHMEM | Features.PAGEFAULT_FLAG_WP | Features.WP_HUGETLBFS_SHMEM
 MODE = Mode.MISSING | Mode.WP
+_SYS_MMAP, _MAP_FIXED = 9, 0x10
 
 
 @pytest.fixture
@@ -67,6 +74,24 @@ def test_what_was_left_is_taken_again(guest: Guest) -> None:
     again.release()
     assert inside(guest) == 0
     assert Clamp.take_again(guest, MODE) is None
+
+
+def test_the_hand_of_who_had_it_finishes_first(target: Target, guest: Guest) -> None:
+    child = os.fork()
+    if child == 0:
+        clamp = Clamp.inject(guest, FEATURES | Features.EVENT_UNMAP, MODE)
+        kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        rows = [[_SYS_MMAP, target.at(page), 4096, mmap.PROT_READ, kind, -1, 0] for page in range(1, 201)]
+        threading.Thread(target=Hand(guest.pid).batch, args=(np.array(rows, dtype=np.int64),), daemon=True).start()
+        # Each mapping waits until somebody has read that the one before it is gone.
+        select.select([clamp.uffd.fileno()], [], [])
+        os._exit(0)
+    os.waitpid(child, 0)
+    again = Clamp.take_again(guest, MODE)
+    assert again is not None
+    assert "outboard-hand" not in [thread.name for thread in proc.threads(target.pid)]
+    again.uffd.write_protect(target.start, target.size)
+    again.release()
 
 
 def test_a_userfaultfd_that_holds_nothing_is_somebody_elses(guest: Guest) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from outboard.errors import KernelError, RefusedError
 from outboard.linux import pidfd, proc, ptrace
@@ -78,24 +78,23 @@ class Clamp:
         Whoever made it must be gone: two would take each other's faults.
 
         :param mode: what it was registered for: write-protection or minor faults among that.
-        :raise KernelError: the process has ended.
+        :raise KernelError: the process has ended; EBUSY: the hand of whoever had it does not end.
         """
         for number, link in proc.descriptors(guest.pid).items():
             if "[userfaultfd]" not in link:
                 continue
             uffd = Userfaultfd(_duplicate(guest.pid, number))
             clamp = cls(guest, uffd, mode, number)
-            try:
-                clamp._see_that_it_is_held()
+            with contextlib.ExitStack() as undo:
+                undo.callback(uffd.close)
+                if not _works(clamp._see_that_it_is_held):
+                    continue
                 # The hand of whoever had it finishes its order, and waits for its events to be read: until then the
                 # kernel lets nobody protect anything. What it maps nobody else registers.
                 await_none(guest.pid, uffd.read)
-                clamp._register()
-            except KernelError as error:
-                uffd.close()
-                if error.errno not in (errno.EBUSY, errno.EINVAL, errno.ENOENT):
-                    raise
-                continue
+                if not _works(clamp._register):
+                    continue
+                undo.pop_all()
             return clamp
         return None
 
@@ -178,6 +177,20 @@ def registrations(pid: int, regions: Iterable[Region]) -> list[Mode]:
         flags = proc.smaps(pid, start).get("VmFlags", "").split()
         found.append(Mode(sum(mode for flag, mode in _VM_FLAGS.items() if flag in flags)))
     return found
+
+
+def _works(step: Callable[[], None]) -> bool:
+    """Whether a userfaultfd is the one that holds the memory, by something that only that one can do.
+
+    :raise KernelError: the process has ended.
+    """
+    try:
+        step()
+    except KernelError as error:
+        if error.errno not in (errno.EBUSY, errno.EINVAL, errno.ENOENT):
+            raise
+        return False
+    return True
 
 
 def _duplicate(pid: int, number: int) -> int:
